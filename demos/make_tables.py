@@ -1,0 +1,67 @@
+"""Fill the tables of the README from the stored numbers; a test compares them.
+
+python demos/make_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+EVALUATION = ROOT / "checkpoints" / "eval.json"
+
+
+def evaluation() -> str:
+    """The splice-in evaluation of the bundled SAEs."""
+    data = json.loads(EVALUATION.read_text())
+    lines = [
+        "| SAE | site | loss clean | spliced | zero | mean | delta | KL | recovered (zero) | (mean) | FVU | L0 | dead |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in data["results"]:
+        losses = " | ".join(f"{r[n]:.3f}" for n in ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "delta_ce", "kl"))
+        shares = " | ".join(f"{r[n]:.3f}" for n in ("ce_recovered_zero", "ce_recovered_mean", "fvu"))
+        lines.append(f"| {r['sae']} | {r['site']} | {losses} | {shares} | {r['l0']:.1f} | {r['dead_share']:.1%} |")
+    python = data["provenance"]["versions"]["python"]
+    lines.append(
+        f"\nNats per token on {data['results'][0]['tokens']:,} tokens of the held-out standard-library modules (Python {python}); "
+        "`saehook eval` measures it again."
+    )
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """The newest recorded run of tests/bench/bench_splice.py."""
+    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("splice_*.json"))[-1]
+    data = json.loads(file.read_text())
+    machine = data.pop("machine")
+    lines = ["| | time | against hand-written torch hooks |", "|---|---|---|"]
+    for what, r in data.items():
+        time = f"{r['ms_per_token']:.1f} ms a token" if "ms_per_token" in r else f"{r['seconds']:.2f} s"
+        added = f" (+{r['added_ms_per_token']:.2f} ms a token)" if "added_ms_per_token" in r else ""
+        lines.append(f"| {what} | {time} | {r['ratio']:.2f} ×{added} |")
+    idle = next(r["ratio_idle_to_clean"] for r in data.values() if "ratio_idle_to_clean" in r)
+    lines.append(
+        f"\nAn SAE attached and idle: {idle:.2f} × the clean model. {machine['threads']} CPU threads, torch {machine['torch']}; "
+        "medians of one interleaved run of `python tests/bench/bench_splice.py`."
+    )
+    return "\n".join(lines)
+
+
+TABLES = {"checkpoints/eval.json": evaluation, "bench_splice": speed}
+
+
+def filled(text: str) -> str:
+    """`text` with every table made anew."""
+    for name, make in TABLES.items():
+        block = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end of table -->)", re.DOTALL)
+        assert block.search(text), f"README.md has no table {name}"
+        text = block.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,111 @@
+"""The activation functions, on pre-activations of shape [..., d_sae].
+
+`activate` is the inference rule: a token's latents never depend on the other tokens of the batch. Training only are the
+batch rule of BatchTopK (`batch_topk`) and the straight-through estimators of JumpReLU (`jumprelu_ste`, `step_count`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saehook.config import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from saehook.errors import MissingStatError
+
+
+def topk(pre_acts: Tensor, k: int) -> Tensor:
+    """The k largest of each token, then ReLU; exactly k survive a tie (Gao et al. 2024)."""
+    values, indices = pre_acts.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre_acts).scatter_(-1, indices, values.relu())
+
+
+def batch_topk(pre_acts: Tensor, k: int) -> Tensor:
+    """The tokens × k largest positive pre-activations of the whole batch (Bussmann et al. 2024, equation 4)."""
+    flat = pre_acts.relu().flatten()
+    n = min(flat.numel(), k * (pre_acts.numel() // pre_acts.shape[-1]))
+    values, indices = flat.topk(n, sorted=False)
+    return torch.zeros_like(flat).scatter_(0, indices, values).view_as(pre_acts)
+
+
+def jumprelu(pre_acts: Tensor, threshold: Tensor) -> Tensor:
+    """pre where pre > threshold (and positive), else 0. `threshold` is a scalar or [d_sae], float32."""
+    acts = pre_acts.relu()
+    return acts * (acts > threshold)
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_acts, threshold)
+        ctx.bandwidth = bandwidth
+        return jumprelu(pre_acts, threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pre_acts, threshold = ctx.saved_tensors
+        d_pre = grad * ((pre_acts > threshold) & (pre_acts > 0))
+        in_window = _in_window(pre_acts, threshold, ctx.bandwidth)
+        d_threshold = -(threshold / ctx.bandwidth) * (grad * in_window).sum(0)
+        return d_pre, d_threshold, None
+
+
+class _StepCount(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_acts, threshold)
+        ctx.bandwidth = bandwidth
+        return (jumprelu(pre_acts, threshold) > 0).sum(-1).to(threshold.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pre_acts, threshold = ctx.saved_tensors
+        in_window = _in_window(pre_acts, threshold, ctx.bandwidth)
+        return None, -(grad @ in_window.to(grad.dtype)) / ctx.bandwidth, None
+
+
+def _in_window(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """K((pre - threshold) / bandwidth) of the rectangle kernel: 1 where the quotient is within 1/2."""
+    return (pre_acts - threshold).abs() < bandwidth / 2
+
+
+def jumprelu_ste(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """`jumprelu` of [n, d_sae] with gradients: ∂/∂pre = 1[fires], and for the threshold the straight-through estimator
+    -(threshold / bandwidth) K((pre - threshold) / bandwidth), K the rectangle (Rajamanoharan et al. 2024, equation 11).
+    """
+    return _JumpReLU.apply(pre_acts, threshold, bandwidth)
+
+
+def step_count(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """L0 of each token, [n], from PRE-activations [n, d_sae]: Σ H(pre - threshold). Only the threshold gets a gradient,
+    the straight-through -(1 / bandwidth) K((pre - threshold) / bandwidth) (Rajamanoharan et al. 2024, equation 12).
+
+    From post-activations, which are 0 below the threshold, half of the window would be lost.
+    """
+    return _StepCount.apply(pre_acts, threshold, bandwidth)
+
+
+def activate(pre_acts: Tensor, activation: Activation, threshold: Tensor | None) -> Tensor:
+    """Latent activations by the inference rule, in the dtype of `pre_acts`.
+
+    Raises:
+        MissingStatError: a BatchTopK or JumpReLU without threshold.
+    """
+    match activation:
+        case ReLU():
+            return pre_acts.relu()
+        case TopK(k=k):
+            return topk(pre_acts, k)
+        case BatchTopK() | JumpReLU():
+            if threshold is None:
+                raise MissingStatError(
+                    f"this SAE is a {type(activation).__name__} without threshold, so there is no rule that treats each "
+                    "token alone. Train it to the end, or set it: sae.threshold = torch.nn.Parameter(torch.tensor(0.1))."
+                )
+            return jumprelu(pre_acts, threshold)
+        case _:
+            assert_never(activation)

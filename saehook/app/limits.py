@@ -1,0 +1,33 @@
+"""What one visitor of the page may ask for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from saehook.errors import ArgumentError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits of the page, checked on the server."""
+
+    prompt_chars: int = 8000
+    """Longest prompt, in characters: what is longer is not even tokenised."""
+    prompt_tokens: int = 256
+    """Longest prompt, in tokens."""
+    new_tokens: int = 200
+    """Most new tokens per lane."""
+    edits: int = 4
+    """Rows for edits."""
+    strength: float = 1e5
+    """Largest absolute value of an edit's strength."""
+    seconds: float = 60.0
+    """Longest time for one lane."""
+    queue: int = 16
+    """Visitors who may wait for the model; the next one is told that the page is busy."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+                raise ArgumentError(f"Limits.{name} is {value!r}; a number above 0 is expected.")

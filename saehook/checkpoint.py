@@ -1,0 +1,300 @@
+"""Read and write SAEs on disk.
+
+The layout is SAELens' (version 6), so that the tools of the field open what we write: `cfg.json` and
+`sae_weights.safetensors` with `W_enc` [d_in, d_sae], `W_dec` [d_sae, d_in], `b_enc`, `b_dec` and, for jumprelu, `threshold`.
+A BatchTopK is written as the jumprelu that it is at inference; `metadata.saehook` remembers what it was. Beside them
+lies `stats.safetensors` with facts about each latent.
+
+Files are never unpickled. Names, shapes and dtypes are checked against `cfg.json` before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from saehook.config import (
+    BatchTopK,
+    JumpReLU,
+    ReLU,
+    SAEConfig,
+    TopK,
+    activation_from_dict,
+    activation_to_dict,
+)
+from saehook.errors import ArgumentError, FileError, FormatError, MissingStatError
+from saehook.files import atomic_write, atomically
+from saehook.sae import SAE, LatentStats
+
+SCHEMA = 1
+CONFIG, WEIGHTS, STATS = "cfg.json", "sae_weights.safetensors", "stats.safetensors"
+SAELENS_VERSION = "6.54.12"
+"""The version of SAELens whose layout this is; it reads the field to choose its reader."""
+MAX_CONFIG_BYTES = 16 * 2**20
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write an SAE into the folder `path`; files of the same name there are replaced, each at once.
+
+    Args:
+        dtype: of the weights in the file (float32, bfloat16, float16); None: the SAE's. `threshold` is always float32.
+
+    Raises:
+        MissingStatError: a BatchTopK without threshold, which no other tool could use.
+        ArgumentError: a dtype that the layout does not know, or weights that hold NaN or infinity in it.
+        FileError: the folder cannot be written.
+    """
+    path = Path(path)
+    dtype = dtype or sae.dtype
+    names = {value: name for name, value in DTYPES.items()}
+    if dtype not in names:
+        raise ArgumentError(f"an SAE cannot be stored as {dtype}; expected {', '.join(DTYPES)}.")
+    activation = sae.config.activation
+    if isinstance(activation, (BatchTopK, JumpReLU)) and sae.threshold is None:
+        raise MissingStatError(
+            f"this {type(activation).__name__} has no threshold, so its file would be of no use. Train it to the end, or "
+            "call sae.set_threshold(value)."
+        )
+    tensors = {name: getattr(sae, name).detach().to("cpu", dtype).contiguous() for name in _WEIGHTS}
+    if sae.threshold is not None:
+        tensors["threshold"] = sae.threshold.detach().float().cpu().expand(sae.d_sae).contiguous()
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ArgumentError(f"{name} holds NaN or infinity in {dtype}; the SAE is not written.")
+    config: dict[str, Any] = {
+        "architecture": _architecture(activation),
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": names[dtype],
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.config.subtract_b_dec,
+        "normalize_activations": sae.config.normalize,
+        "reshape_activations": "none",
+    }
+    if isinstance(activation, TopK):
+        config |= {"k": activation.k, "rescale_acts_by_decoder_norm": False}
+    config["metadata"] = {
+        **sae.metadata.get("saelens", {}),
+        "sae_lens_version": SAELENS_VERSION,
+        "training_architecture": activation_to_dict(activation)["name"],
+        "hf_hook_name": sae.site,
+        "saehook": {
+            "schema": SCHEMA,
+            "activation": activation_to_dict(activation),
+            "site": sae.site,
+            **{key: value for key, value in sae.metadata.items() if key != "saelens"},
+        },
+    }
+    try:
+        text = json.dumps(config, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"sae.metadata is no JSON data: {error}.") from None
+    with atomically(path / WEIGHTS) as partial:
+        save_file(tensors, partial)
+    if sae.stats is not None:
+        stats = {name: getattr(sae.stats, name).detach().float().cpu().contiguous() for name in _STATS}
+        with atomically(path / STATS) as partial:
+            save_file(stats, partial, metadata={"tokens": str(sae.stats.tokens)})
+    else:
+        (path / STATS).unlink(missing_ok=True)
+    atomic_write(path / CONFIG, text)
+    return path
+
+
+_WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
+_STATS = ("max_act", "density", "mean_act")
+
+
+def _architecture(activation: ReLU | TopK | BatchTopK | JumpReLU) -> str:
+    match activation:
+        case ReLU():
+            return "standard"
+        case TopK():
+            return "topk"
+        case BatchTopK() | JumpReLU():
+            return "jumprelu"
+
+
+def load_sae(path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> SAE:
+    """Read an SAE from a folder in the SAELens layout; bf16 weights become float32 unless `dtype` says otherwise.
+
+    Raises:
+        FileError: the folder or one of its files is missing or unreadable.
+        FormatError: damaged, unsafe, or of an unknown format; the message says what was expected.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        what = "a file, not a folder" if path.exists() else "not there"
+        raise FileError(f"{path} is {what}. Name a folder with {CONFIG} and {WEIGHTS}, as save_sae writes it.")
+    data = _read_config(path / CONFIG)
+    config = _sae_config(data, path / CONFIG)
+    metadata = data.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    ours = metadata.get("saehook")
+    ours = dict(ours) if isinstance(ours, dict) else {}
+    if ours.get("schema", SCHEMA) != SCHEMA:
+        raise FormatError(
+            f"{path / CONFIG} has schema {ours['schema']!r}; this version reads {SCHEMA}. Update saehook."
+        )
+    site = ours.get("site") or metadata.get("hf_hook_name")
+    if not isinstance(site, (str, type(None))):
+        raise FormatError(f"{path / CONFIG}: the recorded site is {site!r}; a string is expected.")
+    d_in, d_sae = config.d_in, config.d_sae
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)
+    }  # fmt: skip
+    if data["architecture"] == "jumprelu":
+        shapes["threshold"] = (d_sae,)
+    tensors = _read_tensors(path / WEIGHTS, shapes)
+    sae = SAE(config, site=site, device="meta", dtype=dtype)
+    for name, tensor in tensors.items():
+        tensor = tensor.to(device or "cpu", torch.float32 if name == "threshold" else dtype)
+        setattr(sae, name, nn.Parameter(tensor))
+    if (path / STATS).exists():
+        sae.stats = _read_stats(path / STATS, config.d_sae)
+    sae.metadata = {key: value for key, value in ours.items() if key not in {"schema", "activation", "site", "saelens"}}
+    known = {"saehook", "sae_lens_version", "training_architecture", "hf_hook_name"}
+    foreign = {key: value for key, value in metadata.items() if key not in known}
+    if foreign:
+        sae.metadata["saelens"] = foreign
+    return sae
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise FormatError(
+                f"{path} has {path.stat().st_size:,} bytes; a configuration has at most {MAX_CONFIG_BYTES:,}."
+            )
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise FormatError(f"{path} is no text file; JSON is expected.") from None
+    except FileNotFoundError:
+        raise FileError(
+            f"{path.parent} holds no {CONFIG}, so it is no SAE that saehook reads. Expected are {CONFIG} and {WEIGHTS}."
+        ) from None
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error}.") from None
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is no valid JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise FormatError(f"{path} holds {type(data).__name__}; a JSON object is expected.")
+    return data
+
+
+def _sae_config(data: dict[str, Any], path: Path) -> SAEConfig:
+    """`SAEConfig` of a `cfg.json`; refuses what this reader would compute wrongly."""
+
+    def refuse(problem: str) -> FormatError:
+        return FormatError(f"{path}: {problem}")
+
+    for name in ("architecture", "d_in", "d_sae"):
+        if name not in data:
+            raise refuse(f"{name!r} is missing; an SAELens v6 configuration has architecture, d_in and d_sae.")
+    for name in ("d_in", "d_sae"):
+        if isinstance(data[name], bool) or not isinstance(data[name], int) or data[name] < 1:
+            raise refuse(f"{name} is {data[name]!r}; a whole number of at least 1 is expected.")
+    if data.get("reshape_activations", "none") != "none":
+        raise refuse(f"reshape_activations = {data['reshape_activations']!r} is not supported; only 'none' is.")
+    normalize = data.get("normalize_activations", "none")
+    if normalize not in ("none", "layer_norm"):
+        raise refuse(f"normalize_activations = {normalize!r} is not supported; 'none' and 'layer_norm' are.")
+    if not isinstance(data.get("apply_b_dec_to_input", True), bool):
+        raise refuse(f"apply_b_dec_to_input is {data['apply_b_dec_to_input']!r}; true or false is expected.")
+    if data.get("rescale_acts_by_decoder_norm"):
+        raise refuse("rescale_acts_by_decoder_norm is on; only SAEs whose decoder norms are folded are supported.")
+    metadata = data.get("metadata") if isinstance(data.get("metadata"), dict) else {}
+    ours = metadata.get("saehook") if isinstance(metadata, dict) else None
+    recorded = ours.get("activation") if isinstance(ours, dict) else None
+    try:
+        match data["architecture"]:
+            case "standard":
+                activation: ReLU | TopK | BatchTopK | JumpReLU = ReLU()
+            case "topk":
+                activation = TopK(k=data.get("k", 0))
+            case "jumprelu":
+                activation = JumpReLU()
+                if isinstance(recorded, dict):
+                    recorded_activation = activation_from_dict(recorded)
+                    if not isinstance(recorded_activation, (BatchTopK, JumpReLU)):
+                        raise FormatError(f"{recorded} is recorded for an architecture 'jumprelu'.")
+                    activation = recorded_activation
+            case other:
+                raise FormatError(f"architecture {other!r} is unknown; standard, topk and jumprelu are read.")
+        return SAEConfig(
+            d_in=data["d_in"],
+            d_sae=data["d_sae"],
+            activation=activation,
+            subtract_b_dec=data.get("apply_b_dec_to_input", True),
+            normalize=normalize,
+        )
+    except (ArgumentError, FormatError) as error:
+        raise refuse(str(error)) from None
+
+
+def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, exactly those named by `shapes`, finite and of a float dtype."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if names != set(shapes):
+                missing, unknown = sorted(set(shapes) - names), sorted(names - set(shapes))
+                raise FormatError(
+                    f"{path} should hold {sorted(shapes)}, but "
+                    + " and ".join(
+                        part
+                        for part in (
+                            f"{', '.join(missing)} is missing" if missing else "",
+                            f"{', '.join(unknown)} is unknown" if unknown else "",
+                        )
+                        if part
+                    )
+                    + "."
+                )
+            for name, shape in shapes.items():
+                found = file.get_slice(name)
+                if tuple(found.get_shape()) != shape:
+                    raise FormatError(
+                        f"{path}: {name} has shape {tuple(found.get_shape())}, but {CONFIG} says {shape}. "
+                        "The two files do not belong together, or the matrix is transposed."
+                    )
+                if found.get_dtype() not in {"F32", "F16", "BF16", "F64"}:
+                    raise FormatError(f"{path}: {name} has dtype {found.get_dtype()}; a float dtype is expected.")
+            tensors = {name: file.get_tensor(name) for name in shapes}
+    except FileNotFoundError:
+        raise FileError(f"{path.parent} has {CONFIG} but no {path.name}. Copy the whole folder.") from None
+    except SafetensorError as error:
+        raise FormatError(
+            f"{path} is no whole safetensors file ({error}): it is cut short, damaged, or of another kind (pickles are "
+            "never read). Copy it again."
+        ) from None
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error}.") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FormatError(f"{path}: {name} holds NaN or infinity; the file is damaged.")
+    return tensors
+
+
+def _read_stats(path: Path, d_sae: int) -> LatentStats:
+    tensors = _read_tensors(path, {name: (d_sae,) for name in _STATS})
+    with safe_open(path, framework="pt") as file:
+        tokens = (file.metadata() or {}).get("tokens", "")
+    if not tokens.isdecimal() or not math.isfinite(float(tokens)):
+        raise FormatError(f"{path}: its header says no number of tokens. Write it again with `saehook stats`.")
+    return LatentStats(**{name: tensor.float() for name, tensor in tensors.items()}, tokens=int(tokens))
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """Dtype of the weights in a folder that `load_sae` has accepted."""
+    return DTYPES.get(_read_config(Path(path) / CONFIG).get("dtype", "float32"), torch.float32)

@@ -1,0 +1,340 @@
+"""Splice-in evaluation: what the language model loses when SAE reconstructions take the place of its activations.
+
+Every variant runs on the same windows: clean, spliced, zero-ablated and mean-ablated (the mean over the whole set), per
+site and at all sites together. Reconstruction, zero and mean act on the mask (`tokenization.keep_mask`); special tokens
+keep their activation. Losses are means over the positions whose own token is in the mask, in nats; sums are float64.
+
+    delta_ce           = ce_spliced - ce_clean
+    ce_recovered_zero  = (ce_zero - ce_spliced) / (ce_zero - ce_clean), and likewise for the mean
+    kl                 = KL(clean ‖ spliced) per position
+    fvu                = Σ‖x - x_hat‖² / Σ‖x - mean‖²   with the mean over all tokens
+    dead_share         = share of latents that fired on none of the tokens
+
+The joint row pools: one FVU over all sites, L0 summed over sites, the share of all latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saehook.calibration import stats_of
+from saehook.config import activation_to_dict
+from saehook.editing import Action, EditAction, ReadAction, ReplaceAction
+from saehook.errors import ArgumentError
+from saehook.hooked_saes import HookedSAEs
+from saehook.interventions import Program
+from saehook.metrics import Firing, Mean, Reconstruction
+from saehook.sae import LatentStats
+from saehook.tokenization import Windows, keep_mask, special_ids, tokenizer_sha256
+
+ALL = "all"
+MAX_LOGITS = 2**24
+"""Logits of one batch; a batch has as many windows as fit, and at least one."""
+MASK_RULE = "attended, and the id is not the tokenizer's bos, eos or pad"
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """One SAE, or all together."""
+
+    sae: str
+    """Name of the SAE."""
+    site: str
+    """Its site, or `all`."""
+    tokens: int
+    """Tokens of the mask."""
+    ce_clean: float
+    ce_spliced: float
+    ce_zero: float
+    ce_mean: float
+    delta_ce: float
+    ce_recovered_zero: float
+    ce_recovered_mean: float
+    kl: float
+    fvu: float
+    l0: float
+    dead_share: float
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The rows, and what is needed to repeat them."""
+
+    results: list[EvalRow]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """`{"results": [...], "provenance": {...}}`, floats unrounded."""
+        return json.dumps(
+            {"results": [dataclasses.asdict(row) for row in self.results], "provenance": self.provenance}, indent=1
+        )
+
+    @staticmethod
+    def from_json(text: str) -> EvalResult:
+        """The inverse of `to_json`."""
+        data = json.loads(text)
+        return EvalResult([EvalRow(**row) for row in data["results"]], data["provenance"])
+
+    def table(self) -> str:
+        """The rows as text."""
+        head = (
+            "sae",
+            "site",
+            "ce clean",
+            "spliced",
+            "zero",
+            "mean",
+            "delta ce",
+            "kl",
+            "recovered",
+            "(mean)",
+            "fvu",
+            "L0",
+            "dead",
+        )
+        lines: list[tuple[str, ...]] = [head]
+        for r in self.results:
+            losses = (
+                r.ce_clean,
+                r.ce_spliced,
+                r.ce_zero,
+                r.ce_mean,
+                r.delta_ce,
+                r.kl,
+                r.ce_recovered_zero,
+                r.ce_recovered_mean,
+            )
+            lines.append(
+                (
+                    r.sae,
+                    r.site,
+                    *(f"{v:.3f}" for v in losses),
+                    f"{r.fvu:.3f}",
+                    f"{r.l0:.1f}",
+                    f"{100 * r.dead_share:.1f}%",
+                )
+            )
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        text = "\n".join(
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        )
+        tokens = self.results[0].tokens if self.results else 0
+        return f"{text}\n{tokens:,} tokens; losses in nats per token; dead: fired on none of them"
+
+
+@dataclass
+class _Variant:
+    """Loss and KL of one way to run the model."""
+
+    actions: dict[str, Action]
+    ce: Mean = field(default_factory=Mean)
+    kl: Mean = field(default_factory=Mean)
+
+
+@torch.no_grad()
+def evaluate(
+    hooked: HookedSAEs,
+    tokens: Windows | Tensor,
+    *,
+    names: Mapping[str, str] | None = None,
+    joint: bool = True,
+    progress: bool = True,
+) -> EvalResult:
+    """Evaluate every attached SAE, and all together where several are attached.
+
+    Args:
+        tokens: windows of ids [n, length], each run as one sequence; see `tokenization.windows`.
+        names: what to call the SAE at each site; default: the site.
+        joint: add the row with all SAEs spliced at once.
+        progress: show a progress bar.
+
+    Raises:
+        ArgumentError: no window, windows of a single token, or no token that counts.
+    """
+    ids = tokens.ids if isinstance(tokens, Windows) else tokens
+    special = special_ids(hooked.tokenizer)
+    if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
+        raise ArgumentError(
+            f"the windows have shape {tuple(ids.shape)}; at least one of at least two tokens is expected."
+        )
+    n_tokens = int(keep_mask(ids, None, special).sum())
+    if not keep_mask(ids[:, :-1], None, special).any():
+        raise ArgumentError("the windows hold special tokens only, so there is nothing to measure. Give real text.")
+    rows = max(1, MAX_LOGITS // (ids.shape[1] * hooked.lm.get_input_embeddings().num_embeddings))
+    batches = ids.split(rows)
+    sites = hooked.sites
+    together = joint and len(sites) > 1
+    n_variants = 3 * (len(sites) + together) + 2
+    with tqdm(total=n_variants * len(batches), desc="evaluating", unit="pass", disable=not progress) as bar:
+        measured = {site: (Reconstruction(), Firing()) for site in sites}
+        for batch in batches:
+            _measure(hooked, batch, special, measured)
+            bar.update()
+        variants = _variants(hooked, {site: m[0].x.mean.float() for site, m in measured.items()}, together)
+        clean_ce = Mean()
+        for batch in batches:
+            _score(hooked, batch, special, clean_ce, variants, bar)
+
+    def row(name: str, site: str, fvu: float, l0: float, dead: float) -> EvalRow:
+        ce = {kind: variants[site, kind].ce.value for kind in ("spliced", "zero", "mean")}
+        clean = clean_ce.value
+        return EvalRow(
+            sae=name,
+            site=site,
+            tokens=n_tokens,
+            ce_clean=clean,
+            ce_spliced=ce["spliced"],
+            ce_zero=ce["zero"],
+            ce_mean=ce["mean"],
+            delta_ce=ce["spliced"] - clean,
+            ce_recovered_zero=_ratio(ce["zero"] - ce["spliced"], ce["zero"] - clean),
+            ce_recovered_mean=_ratio(ce["mean"] - ce["spliced"], ce["mean"] - clean),
+            kl=variants[site, "spliced"].kl.value,
+            fvu=fvu,
+            l0=l0,
+            dead_share=dead,
+        )
+
+    results = [
+        row((names or {}).get(site, site), site, m[0].fvu, m[1].l0, m[1].dead_share) for site, m in measured.items()
+    ]
+    if together:
+        pooled = list(measured.values())
+        n_latents = [hooked.saes[site].d_sae for site in sites]
+        dead = sum(m[1].dead_share * n for m, n in zip(pooled, n_latents, strict=True)) / sum(n_latents)
+        fvu = _ratio(sum(m[0].error for m in pooled), sum(m[0].x.variance for m in pooled))
+        results.append(row(ALL, ALL, fvu, sum(m[1].l0 for m in pooled), dead))
+    return EvalResult(results, _provenance(hooked, tokens, n_tokens))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else float("nan")
+
+
+def _measure(
+    hooked: HookedSAEs, ids: Tensor, special: tuple[int, ...], measured: dict[str, tuple[Reconstruction, Firing]]
+) -> None:
+    """Reconstruction and firing at every site, on clean activations."""
+    for site, x in read_sites(hooked, ids, special).items():
+        out = hooked.saes[site](x)
+        measured[site][0].update(x, out.x_hat)
+        measured[site][1].update(out.acts)
+
+
+def read_sites(hooked: HookedSAEs, ids: Tensor, special: tuple[int, ...]) -> dict[str, Tensor]:
+    """Clean activations of the tokens of the mask at every attached site, [n, width]."""
+    group: list[ReadAction] = []
+    readers = {site: ReadAction(group, stop=True) for site in hooked.sites}
+    hooked.run(ids, readers)
+    mask = keep_mask(ids, None, special)
+    return {site: r.value[mask.to(r.value.device)] for site, r in readers.items() if r.value is not None}
+
+
+def _variants(hooked: HookedSAEs, means: Mapping[str, Tensor], together: bool) -> dict[tuple[str, str], _Variant]:
+    splice = Program(splice=True)
+    actions: dict[str, dict[str, Action]] = {
+        "spliced": {site: EditAction(sae, [], splice) for site, sae in hooked.saes.items()},
+        "zero": {site: ReplaceAction(torch.zeros(sae.d_in)) for site, sae in hooked.saes.items()},
+        "mean": {site: ReplaceAction(mean) for site, mean in means.items()},
+    }
+    variants = {
+        (site, kind): _Variant({site: by_site[site]}) for site in hooked.sites for kind, by_site in actions.items()
+    }
+    if together:
+        variants |= {(ALL, kind): _Variant(by_site) for kind, by_site in actions.items()}
+    return variants
+
+
+def _score(
+    hooked: HookedSAEs,
+    ids: Tensor,
+    special: tuple[int, ...],
+    clean_ce: Mean,
+    variants: Mapping[tuple[str, str], _Variant],
+    bar: Any,
+) -> None:
+    """Losses of one batch in all variants."""
+    counted = keep_mask(ids[:, :-1], None, special)
+    targets = ids[:, 1:][counted]
+
+    def log_probs(actions: Mapping[str, Action]) -> Tensor:
+        logits = hooked.run(ids, actions).logits[:, :-1]
+        bar.update()
+        return logits[counted.to(logits.device)].float().log_softmax(-1)
+
+    clean = log_probs({})
+    targets = targets.to(clean.device)[:, None]
+    clean_ce.update(-clean.gather(1, targets))
+    probs = clean.exp()
+    for (_, kind), variant in variants.items():
+        new = log_probs(variant.actions)
+        variant.ce.update(-new.gather(1, targets))
+        if kind == "spliced":
+            variant.kl.update((probs * (clean - new)).sum(-1))
+
+
+def measure_stats(hooked: HookedSAEs, tokens: Windows | Tensor, *, progress: bool = True) -> dict[str, LatentStats]:
+    """Per-latent statistics of every attached SAE on text, by site; what `unit="max"` needs."""
+    ids = tokens.ids if isinstance(tokens, Windows) else tokens
+    special = special_ids(hooked.tokenizer)
+    firing = {site: Firing() for site in hooked.sites}
+    with torch.no_grad():
+        for batch in tqdm(
+            ids.split(max(1, 4096 // ids.shape[1])), desc="measuring", unit="batch", disable=not progress
+        ):
+            for site, x in read_sites(hooked, batch, special).items():
+                firing[site].update(hooked.saes[site].encode(x))
+    stats = {}
+    for site, f in firing.items():
+        if f.count is None:
+            raise ArgumentError("the text holds special tokens only, so there is nothing to measure. Give real text.")
+        stats[site] = stats_of(f)
+    return stats
+
+
+def _provenance(hooked: HookedSAEs, tokens: Windows | Tensor, n_tokens: int) -> dict[str, Any]:
+    text = (
+        {
+            "sha256": tokens.text_sha256,
+            "documents": tokens.documents,
+            "dropped_tail": tokens.dropped_tail,
+            **tokens.rule,
+        }
+        if isinstance(tokens, Windows)
+        else {"window": tokens.shape[1]}
+    )
+    return {
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("saehook", "torch", "transformers", "nnsight")},
+        "lm": {
+            "id": hooked.model.name,
+            "revision": getattr(hooked.lm.config, "_commit_hash", None),
+            "dtype": str(hooked.lm.dtype).removeprefix("torch."),
+            "tokenizer_sha256": tokenizer_sha256(hooked.tokenizer),
+        },
+        "saes": {
+            site: {
+                "activation": activation_to_dict(sae.config.activation),
+                "dtype": str(sae.dtype).removeprefix("torch."),
+            }
+            for site, sae in hooked.saes.items()
+        },
+        "text": text,
+        "tokens": n_tokens,
+        "mask_rule": MASK_RULE,
+        "position_rule": "losses at positions whose own token is in the mask; special tokens keep their activation",
+        "inference_rule": "each token alone: TopK by its k, BatchTopK and JumpReLU by their thresholds",
+    }

@@ -1,0 +1,229 @@
+"""Activations for training: one pass of the language model over text feeds all sites, shuffled in a buffer.
+
+`TextStream` → `activations_of` → `Shuffled`. The model stops after the deepest site. Special tokens are left out
+(`tokenization.keep_mask`). The buffer is allocated once per site, in the model's dtype and on its device; all sites share one
+permutation. When half of it has been served, that half is refilled, so a batch mixes tokens of many windows.
+
+The state of a stream is all that a checkpoint needs to go on with the same batches: the position in the text, the random
+state and the contents of the buffer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saehook.corpus import Document, text_hash
+from saehook.errors import ArgumentError
+from saehook.hooked_model import HookedModel
+from saehook.tokenization import WindowCutter, keep_mask, special_ids
+
+TOKENS_PER_FORWARD = 4096
+
+
+class TextStream(Iterator[Tensor]):
+    """Windows of ids, [window] int64, of documents in an order that the seed decides; once, or again and again."""
+
+    def __init__(
+        self, documents: Sequence[Document], tokenizer: Any, window: int, *, repeat: bool = False, seed: int = 0
+    ) -> None:
+        """`repeat`: begin again, in another order, when the text ends."""
+        self.documents = documents
+        self.tokenizer = tokenizer
+        self.window = window
+        self.repeat = repeat
+        self.seed = seed
+        self.served = 0
+        """Windows given out so far."""
+        self.passes = 0
+        """Times that the whole text has been read."""
+        self._cutter = WindowCutter(tokenizer, window)
+        self._order = self._shuffled_order()
+        self._document = 0
+        """Position in the order of the next document."""
+        self._ready: list[Tensor] = []
+        self._before: list[int] = []
+        """Pending ids before the document that the ready windows come from."""
+        self._taken = 0
+        """How many of that document's windows have been given out."""
+
+    def _shuffled_order(self) -> list[int]:
+        order = list(range(len(self.documents)))
+        random.Random(f"{self.seed} {self.passes}").shuffle(order)
+        return order
+
+    def __next__(self) -> Tensor:
+        """Raises ArgumentError where the whole text fills no window."""
+        while self._taken == len(self._ready):
+            self._advance()
+        self._taken += 1
+        self.served += 1
+        return self._ready[self._taken - 1]
+
+    def _advance(self) -> None:
+        """Read one more document, or begin the next pass."""
+        if self._document < len(self._order):
+            self._before = self._cutter.pending
+            self._ready, self._taken = self._cutter.add(self.documents[self._order[self._document]]), 0
+            self._document += 1
+            return
+        if self.served == 0:
+            raise ArgumentError(f"the text fills no window of {self.window} tokens. Give more text.")
+        if not self.repeat:
+            raise StopIteration
+        self.passes += 1
+        self._order, self._document = self._shuffled_order(), 0
+        self._cutter = WindowCutter(self.tokenizer, self.window)
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON-able data."""
+        return {
+            "served": self.served,
+            "passes": self.passes,
+            "document": self._document,
+            "pending": self._before,
+            "taken": self._taken,
+            "sha256": self.sha256,
+        }
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the documents (`corpus.text_hash`)."""
+        return text_hash(self.documents)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken, of a stream over the same documents.
+
+        Raises:
+            ArgumentError: over other documents.
+        """
+        if state["sha256"] != self.sha256:
+            raise ArgumentError(
+                f"the text has changed since training stopped (sha256 {self.sha256[:12]}, before {state['sha256'][:12]}). "
+                "Resume with the same text, or start anew in another folder."
+            )
+        self.served, self.passes = state["served"], state["passes"]
+        self._order, self._document = self._shuffled_order(), state["document"]
+        self._cutter.pending = list(state["pending"])
+        if self._document:
+            self._document -= 1
+            self._advance()
+        self._taken = state["taken"]
+
+
+def activations_of(model: HookedModel, sites: Sequence[str], windows: Iterator[Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Per forward pass, the activations of the tokens that count: `{site: [n, width]}`, in the order of the text."""
+    special = special_ids(model.tokenizer)
+    first = next(windows, None)
+    if first is None:
+        return
+    rows = max(1, TOKENS_PER_FORWARD // len(first))
+    head = [first]
+    while batch := head + list(islice(windows, rows - len(head))):
+        head = []
+        ids = torch.stack(batch)
+        mask = keep_mask(ids, None, special)
+        values = model.activations(ids, sites)
+        yield {site: x[mask.to(x.device)] for site, x in values.items()}
+
+
+class Shuffled(Iterator[dict[str, Tensor]]):
+    """Batches in random order; the last one, when the text has ended, may be smaller."""
+
+    def __init__(
+        self,
+        chunks: Iterator[dict[str, Tensor]],
+        *,
+        buffer_tokens: int,
+        batch_tokens: int,
+        seed: int,
+        text: TextStream | None = None,
+    ) -> None:
+        """`chunks` as `activations_of` gives them; the same seed and chunks give the same batches. `text` is what they
+        are made from: with it, the state is enough to go on.
+
+        Raises:
+            ArgumentError: a buffer that holds less than two batches.
+        """
+        if buffer_tokens < 2 * batch_tokens:
+            raise ArgumentError(
+                f"a buffer of {buffer_tokens} tokens cannot mix batches of {batch_tokens}; at least two fit in."
+            )
+        self.chunks = chunks
+        self.buffer_tokens, self.batch_tokens = buffer_tokens, batch_tokens
+        self.text = text
+        self.generator = torch.Generator().manual_seed(seed)
+        self.buffers: dict[str, Tensor] = {}
+        self.left: dict[str, Tensor] = {}
+        """What of the last chunk found no room yet."""
+        self.ended = False
+        self.order = torch.empty(0, dtype=torch.int64)
+        """Slots of the buffer that hold tokens, in random order."""
+        self.position = self.until = 0
+        """The next slot to serve, in that order, and where to stop and refill."""
+        self.started = False
+
+    def __next__(self) -> dict[str, Tensor]:
+        if self.position >= self.until:
+            self._refill()
+            if len(self.order) == 0:
+                raise StopIteration
+        slots = self.order[self.position : min(self.position + self.batch_tokens, self.until)]
+        self.position += len(slots)
+        return {site: buffer[slots.to(buffer.device)] for site, buffer in self.buffers.items()}
+
+    def _refill(self) -> None:
+        """Put new tokens into the slots that have been served, and shuffle all."""
+        free = self.order[: self.until] if self.started else torch.arange(self.buffer_tokens)
+        filled = 0 if self.ended else self._fill(free)
+        self.started = True
+        live = torch.cat([self.order[self.until :], free[:filled]])
+        self.order = live[torch.randperm(len(live), generator=self.generator)]
+        half = max(self.batch_tokens, len(live) // 2 // self.batch_tokens * self.batch_tokens)
+        self.position, self.until = 0, len(live) if self.ended else half
+
+    def _fill(self, slots: Tensor) -> int:
+        """Write new activations into these slots of all buffers; how many there were."""
+        done = 0
+        while done < len(slots):
+            if not self.left:
+                chunk = next(self.chunks, None)
+                if chunk is None:
+                    self.ended = True
+                    return done
+                self.left = chunk
+            n = min(len(slots) - done, len(next(iter(self.left.values()))))
+            for site, x in self.left.items():
+                if site not in self.buffers:
+                    self.buffers[site] = x.new_empty(self.buffer_tokens, x.shape[1])
+                self.buffers[site][slots[done : done + n].to(x.device)] = x[:n]
+            self.left = {site: x[n:] for site, x in self.left.items() if n < len(x)}
+            done += n
+        return done
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors (not copies) and JSON-able data to go on from; None without `text`."""
+        if self.text is None:
+            return None
+        tensors = {"generator": self.generator.get_state(), "order": self.order}
+        tensors |= {f"buffer.{site}": x for site, x in self.buffers.items()}
+        tensors |= {f"left.{site}": x for site, x in self.left.items()}
+        data = {"position": self.position, "until": self.until, "started": self.started, "ended": self.ended}
+        return tensors, data | {"text": self.text.state()}
+
+    def load_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any], device: torch.device | str) -> None:
+        """Go on where `state` was taken; the chunks must not have been read from yet."""
+        assert self.text is not None
+        self.text.load_state(data["text"])
+        self.generator.set_state(tensors["generator"].cpu())
+        self.order = tensors["order"].cpu()
+        for part, target in (("buffer.", self.buffers), ("left.", self.left)):
+            target |= {key.removeprefix(part): x.to(device) for key, x in tensors.items() if key.startswith(part)}
+        self.position, self.until = data["position"], data["until"]
+        self.started, self.ended = data["started"], data["ended"]

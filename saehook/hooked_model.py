@@ -1,0 +1,485 @@
+"""Language models with SAEs attached at named sites, through nnsight. The only file that imports nnsight.
+
+At each site stands a `TapPoint`, a module of its own that nnsight calls from an edit of the model, so the latents are
+nnsight sites themselves. The Hugging Face model is not changed: no hook, parameter or buffer is added to it, and a `HookedModel`
+stays clean whatever is attached to it. What a run shall do travels in an object of that run, put on the tap points
+under the lock of the torch model and taken off in `finally`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _load_anyio_backend() -> None:
+    """Load anyio's backend without nnsight's `.save` on `object`, which its annotations check refuses.
+
+    anyio (Gradio's event loop) loads this module lazily; after `import nnsight` that raises TypeError.
+    """
+    if importlib.util.find_spec("anyio") is None or "anyio._backends._asyncio" in sys.modules:
+        return
+    if "nnsight" not in sys.modules:
+        importlib.import_module("anyio._backends._asyncio")
+        return
+    import nnsight
+    from nnsight._c import mount, unmount
+
+    mounted = hasattr(object, "save")
+    if mounted:
+        unmount("save")
+    try:
+        importlib.import_module("anyio._backends._asyncio")
+    finally:
+        if mounted:
+            mount(nnsight.save, "save")
+
+
+_load_anyio_backend()
+
+from nnsight import TransformersModel  # noqa: E402
+from nnsight.intervention.envoy import Envoy  # noqa: E402
+from nnsight.intervention.interleaver import OutOfOrderError  # noqa: E402
+from nnsight.intervention.tracer import InterleavingTracer  # noqa: E402
+from transformers.utils.generic import ModelOutput  # noqa: E402
+
+from saehook.editing import Action, ReadAction, StopForward, observe  # noqa: E402
+from saehook.errors import (  # noqa: E402
+    ArgumentError,
+    FormatError,
+    MissingStatError,
+    ShapeError,
+    SiteError,
+    SiteNotExecutedError,
+)
+from saehook.hooked_saes import HookedSAEs  # noqa: E402
+from saehook.interventions import Program  # noqa: E402
+from saehook.positions import Positions, TokenView  # noqa: E402
+from saehook.results import Report  # noqa: E402
+from saehook.runs import Runs  # noqa: E402
+from saehook.sae import SAE  # noqa: E402
+from saehook.sites import Site, named_sites, resolve, same_site  # noqa: E402
+from saehook.tokenization import keep_mask, special_ids  # noqa: E402
+
+FINGERPRINT_FACTOR = 2.0
+
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
+def lock_of(lm: nn.Module):
+    """The one lock of a torch model, whoever wraps it: two runs of one model at a time break nnsight."""
+    with _locks_guard:
+        return _locks.setdefault(lm, threading.RLock())
+
+
+class _Identity(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class TapPoint(nn.Module):
+    """What nnsight calls at a site. With an SAE, its children `pre_acts`, `latents` and `reconstruction` are sites."""
+
+    def __init__(self, sae: SAE | None) -> None:
+        super().__init__()
+        self.sae = sae
+        self.pre_acts, self.latents, self.reconstruction = _Identity(), _Identity(), _Identity()
+        self.action: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.action is not None:
+            return self.action(x)
+        if self.sae is None:
+            return x
+        return observe(x, self.sae, self.pre_acts, self.latents, self.reconstruction)
+
+
+def _locked_tracer(lock: Any) -> type[InterleavingTracer]:
+    class LockedTracer(InterleavingTracer):
+        def execute(self, code: Any) -> None:
+            with lock:
+                super().execute(code)
+
+    return LockedTracer
+
+
+class _Taps:
+    """Tap points mounted at sites of one nnsight model, and the edited copy of the model that calls them."""
+
+    def __init__(self, model: TransformersModel, sites: Sequence[Site], saes: Mapping[str, SAE], lock: Any) -> None:
+        self.lock = lock
+        self.closed = False
+        self.view: TokenView | None = None
+        self.positions: Positions | None = None
+        self.points: dict[str, TapPoint] = {}
+        self.envoys: dict[str, Envoy] = {}
+        envoys = dict(model.named_modules())
+        prefix = model.path
+        edited = self._with_positions(model)
+        for site in sites:
+            parent = envoys[f"{prefix}.{site.path}"]
+            point = TapPoint(saes.get(site.name))
+            envoy = self._mount(parent, point)
+            self.points[site.name], self.envoys[site.name] = point, envoy
+            edited = self._with_tap(edited, parent, envoy, site)
+        self.edited = edited
+
+    @staticmethod
+    def _mount(parent: Envoy, point: TapPoint) -> Envoy:
+        """Hang an envoy of its own below the site's, as nnsight does with its `generator`: the torch model is untouched."""
+        names = {name for name in parent.__dict__ if name.startswith("sae")}
+        name = next(name for i in range(len(names) + 1) if (name := f"sae{i or ''}") not in names)
+        envoy = Envoy(point, path=f"{parent.path}.{name}", interleaver=parent.interleaver, parent=parent)
+        object.__setattr__(parent, name, envoy)
+        parent._children.append(envoy)
+        return envoy
+
+    def unmount(self) -> None:
+        """Remove the envoys again; nothing runs through these tap points afterwards."""
+        self.closed = True
+        for envoy in self.envoys.values():
+            parent = envoy.parent
+            if parent is None:
+                continue
+            parent._children[:] = [child for child in parent._children if child is not envoy]
+            for name in [name for name, value in parent.__dict__.items() if value is envoy]:
+                object.__delattr__(parent, name)
+
+    def check_open(self) -> None:
+        """Raises SiteError after `unmount`."""
+        if self.closed:
+            raise SiteError("these SAEs were detached. Attach them again: model.attach(...).")
+
+    def _begin_pass(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note which tokens the model is about to process; called at every forward pass of the model."""
+        if self.positions is None:
+            return
+        past = kwargs.get("past_key_values")
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
+        # int() at once: a static cache returns a tensor that it goes on changing.
+        self.view = self.positions.view(0 if past is None else int(past.get_seq_length()), ids)
+
+    def _with_positions(self, model: TransformersModel) -> TransformersModel:
+        begin = self._begin_pass
+        with model.edit() as (tracer, edited):
+            steps = tracer.iter[:]
+            with contextlib.suppress(OutOfOrderError):  # how an open loop ends
+                for _ in steps:
+                    args, kwargs = edited.inputs
+                    begin(args, kwargs)
+        return edited
+
+    @staticmethod
+    def _with_tap(model: TransformersModel, parent: Envoy, envoy: Envoy, site: Site) -> TransformersModel:
+        visit = _write_input if site.side == "input" else _write_output
+        with model.edit() as (tracer, edited):
+            steps = tracer.iter[:]
+            with contextlib.suppress(OutOfOrderError):
+                for _ in steps:
+                    visit(parent, envoy, site)
+        return edited
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """nnsight's tracer on the edited copy. It must be returned as it is: nnsight reads the caller's source."""
+        return self.edited.trace(*args, tracer_cls=_locked_tracer(self.lock), **kwargs)
+
+    def run(self, call: Callable[[], Any], actions: Mapping[str, Action], positions: Positions) -> Any:
+        """`call()` with an action at some of the sites; the other sites pass on what they get.
+
+        Raises:
+            SiteNotExecutedError: a site with an action did not run.
+        """
+        visited: set[str] = set()
+
+        def at(name: str) -> Callable[[Tensor], Tensor]:
+            action = actions.get(name)
+            if action is None:
+                return lambda x: x
+
+            def act(x: Tensor) -> Tensor:
+                visited.add(name)
+                assert self.view is not None
+                shape = self.view.ids.shape
+                if x.shape[:-1] == (shape.numel(),):  # a module that gets all rows as one list of tokens
+                    return action(x.reshape(*shape, -1), self.view).reshape(x.shape)
+                if x.shape[:-1] == shape or isinstance(action, ReadAction):
+                    return action(x, self.view)
+                raise ShapeError(
+                    f"the value at {name} has shape {tuple(x.shape)} for {shape[0]} rows of {shape[1]} tokens: not one "
+                    "vector per token, so it is unclear which of them an edit means. Choose another site."
+                )
+
+            return act
+
+        with self.lock:
+            self.check_open()
+            self.positions = positions
+            for name, point in self.points.items():
+                point.action = at(name)
+            try:
+                # nnsight wants an input to assemble; what runs is `call`, with inputs of its own.
+                result = self.edited.trace(_NO_INPUT, fn=lambda *_, **__: call(), trace=False)
+            finally:
+                self.positions, self.view = None, None
+                for point in self.points.values():
+                    point.action = None
+        missing = [name for name in actions if name not in visited]
+        if missing:
+            raise SiteNotExecutedError(
+                f"the model did not run {', '.join(missing)} (a skipped layer or an unused expert?), so what was asked for "
+                "there did not happen. Attach at a site that every forward pass reaches."
+            )
+        return result
+
+
+_NO_INPUT = torch.zeros(1, 1, dtype=torch.long)
+
+
+def _write_output(parent: Any, envoy: Envoy, site: Site) -> None:
+    value = parent.output
+    x = _activation(value, site)
+    new = envoy(x, hook=True)
+    if new is not x:
+        parent.output = _with_activation(value, new)
+
+
+def _activation(value: Any, site: Site) -> Tensor:
+    """The tensor that a site means: the value itself, or its first element."""
+    first = value
+    if isinstance(value, ModelOutput) or (isinstance(value, (tuple, list)) and value):
+        first = value[0]
+    if not isinstance(first, Tensor):
+        raise SiteError(f"the value at {site.name} is a {type(value).__name__} and no activation. Choose another site.")
+    return first
+
+
+def _with_activation(value: Any, new: Tensor) -> Any:
+    """`value` with another tensor in the place that `_activation` reads."""
+    if isinstance(value, Tensor):
+        return new
+    if isinstance(value, ModelOutput):
+        changed = copy.copy(value)
+        changed[next(iter(changed))] = new
+        return changed
+    return (new, *value[1:])
+
+
+def _write_input(parent: Any, envoy: Envoy, site: Site) -> None:
+    x = _activation(parent.input, site)
+    if not site.in_place:
+        new = envoy(x, hook=True)
+        if new is not x:
+            parent.input = new
+        return
+    # The residual stream goes on in the same tensor, so it is changed in place; autograd needs the old one.
+    new = envoy(x.clone() if torch.is_grad_enabled() else x, hook=True)
+    if new is not x:
+        x.copy_(new)
+
+
+class HookedModel(Runs):
+    """A Hugging Face language model whose sites can be read and written. It stays clean: SAEs go on a copy."""
+
+    def __init__(self, lm: Any, tokenizer: Any, *, model_id: str | None = None) -> None:
+        """`lm` and `tokenizer`: loaded Hugging Face objects; neither is changed. See `from_pretrained`."""
+        if tokenizer is None:
+            raise ArgumentError("a loaded model needs its tokenizer, too: HookedModel.from_pretrained(lm, tokenizer).")
+        self.lm = lm.eval()
+        self.tokenizer = tokenizer
+        self.model_id = model_id or getattr(lm.config, "name_or_path", None) or type(lm).__name__
+        self._vocab_size = lm.get_input_embeddings().num_embeddings
+        self._lock = lock_of(lm)
+        with self._lock:
+            # nnsight sets the padding side and token of the tokenizer it gets.
+            self._nnsight = TransformersModel(lm, task="text-generation", tokenizer=copy.deepcopy(tokenizer))
+        self._taps: dict[tuple[str, ...], _Taps] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        lm: Any,
+        tokenizer: Any = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: Any = None,
+        **hf_arguments: Any,
+    ) -> HookedModel:
+        """Load a language model.
+
+        Args:
+            lm: a hub id, a path, or a loaded Hugging Face model (then with its tokenizer).
+            tokenizer: a hub id, a path or a tokenizer; None: the model's own.
+            device: None: an accelerator if there is one. Not together with `device_map=`.
+            dtype: a torch.dtype, or `auto`; None: float32 on the CPU, where half precision is slow, else the file's.
+            hf_arguments: handed to `AutoModelForCausalLM.from_pretrained`; no remote code is trusted unless asked for.
+
+        Raises:
+            FormatError: a folder that holds no model.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        if isinstance(lm, nn.Module):
+            if device is not None or dtype is not None:
+                lm = lm.to(device=device, dtype=dtype)
+            return cls(lm, tokenizer)
+        name = str(lm)
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            raise FormatError(
+                f"the folder {name} holds no Hugging Face model (no config.json). Name the folder that has it, or a hub id."
+            )
+        if device is None and "device_map" not in hf_arguments:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype is None:
+            dtype = torch.float32 if device is not None and torch.device(device).type == "cpu" else "auto"
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hf_arguments)
+        if device is not None:
+            loaded = loaded.to(device)
+        return cls(loaded, tokenizer or AutoTokenizer.from_pretrained(name), model_id=name)
+
+    @property
+    def name(self) -> str:
+        """The hub id, or the folder's name: nothing of the machine's paths."""
+        return Path(self.model_id).resolve().name if Path(self.model_id).exists() else self.model_id
+
+    def sites(self, pattern: str | None = None) -> list[Site]:
+        """All named sites with their widths, or those that `pattern` matches. Does not run the model."""
+        return named_sites(self.lm) if pattern is None else resolve(self.lm, pattern)
+
+    def _call(self, call: Callable[[], Any], program: Program, positions: Positions) -> tuple[Any, Report]:
+        if program.edits or program.splice:
+            raise SiteError("no SAE is attached, so there is nothing to edit or splice. Call model.attach(sae) first.")
+        with self._lock:
+            return call(), Report()
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """nnsight's own tracer on the clean model: `with model.trace(text): ...`."""
+        return self._nnsight.trace(*args, tracer_cls=_locked_tracer(self._lock), **kwargs)
+
+    def envoy(self, site: str) -> Any:
+        """The nnsight envoy of the module at a site, to be used inside `trace`."""
+        return dict(self._nnsight.named_modules())[f"{self._nnsight.path}.{resolve(self.lm, site)[0].path}"]
+
+    @torch.no_grad()
+    def activations(
+        self, x: Any, sites: str | Sequence[str], attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Activations at the sites by name, [rows, length, width] in the model's dtype and on its device.
+
+        One forward pass that stops after the deepest of the sites. Nothing is masked.
+        """
+        batch = self._batch(x, attention_mask)
+        found = resolve(self.lm, sites)
+        taps = self._readers(tuple(site.name for site in found), found)
+        group: list[ReadAction] = []
+        actions = {site.name: ReadAction(group, stop=True) for site in found}
+        arguments = self._arguments(batch, masked=attention_mask is not None)
+        with contextlib.suppress(StopForward):
+            taps.run(lambda: self.lm(**arguments, use_cache=False), actions, self._positions(batch, Program()))
+        return {name: action.value for name, action in actions.items() if action.value is not None}
+
+    def _readers(self, names: tuple[str, ...], sites: Sequence[Site]) -> _Taps:
+        with self._lock:
+            if names not in self._taps:
+                self._taps[names] = _Taps(self._nnsight, sites, {}, self._lock)
+            return self._taps[names]
+
+    def width(self, site: Site) -> int:
+        """Width of a site; runs one token through the model where the config does not say."""
+        if site.width is not None:
+            return site.width
+        return self.activations([0], site.name)[site.name].shape[-1]
+
+    def attach(self, saes: SAE | Mapping[str, SAE], check: str = "site") -> HookedSAEs:
+        """A handle on this model with SAEs at sites; the model itself stays clean.
+
+        Args:
+            saes: an SAE whose file says its site, or `{site: sae}`. SAEs are moved to the model's device.
+            check: `site`: a recorded site or width that differs is an error; `fingerprint`: also measure FVU, L0 and
+                norm on the recorded tokens and refuse a factor above 2; `off`: only widths.
+
+        Raises:
+            SiteError: unknown site, no site recorded and none named, an SAE of another site.
+            ShapeError: an SAE of another width. Nothing is attached then.
+        """
+        if check not in {"site", "fingerprint", "off"}:
+            raise ArgumentError(f"check={check!r} is unknown; expected 'site', 'fingerprint' or 'off'.")
+        if isinstance(saes, SAE):
+            if saes.site is None:
+                raise SiteError(
+                    "this SAE does not say which site it belongs to. Name it: model.attach({'layers.2.resid_post': sae})."
+                )
+            saes = {saes.site: saes}
+        if not saes:
+            raise ArgumentError("attach() got no SAE. Give one, or {site: sae}.")
+        by_site: dict[str, SAE] = {}
+        sites: list[Site] = []
+        for name, sae in saes.items():
+            if not isinstance(sae, SAE):
+                raise ArgumentError(f"{type(sae).__name__} is no SAE; load one with saehook.load_sae(path).")
+            found = resolve(self.lm, name)
+            if len(found) != 1:
+                raise SiteError(f"{name!r} names {len(found)} sites; an SAE is attached at exactly one.")
+            site = found[0]
+            if any((site.path, site.side) == (other.path, other.side) for other in sites):
+                raise SiteError(f"two SAEs are given for {site.name}; attach one SAE per site.")
+            if check != "off" and sae.site is not None and not same_site(self.lm, sae.site, site.name):
+                raise SiteError(
+                    f"this SAE was trained on {sae.site}, not on {site.name}: its numbers would be meaningless there. "
+                    "Attach it at its own site, or pass check='off' if you mean it."
+                )
+            if sae.d_in != self.width(site):
+                raise ShapeError(
+                    f"the SAE expects width {sae.d_in}, but {site.name} of {self.model_id} has {self.width(site)}. "
+                    "It belongs to another model or site."
+                )
+            by_site[site.name] = sae
+            sites.append(site)
+        for name, sae in by_site.items():
+            sae.to(self.device)
+            if check == "fingerprint":
+                self._check_fingerprint(name, sae)
+        with self._lock:
+            taps = _Taps(self._nnsight, sites, by_site, self._lock)
+        return HookedSAEs(self, taps, by_site)
+
+    def fingerprint(self, site: str, sae: SAE, ids: Tensor) -> dict[str, Any]:
+        """What the SAE does on one window of ids: FVU, L0 and mean norm over the mask, and the ids."""
+        from saehook.metrics import Firing, Reconstruction
+
+        x = next(iter(self.activations(ids[None], site).values()))[0].float()
+        x = x[keep_mask(ids, None, special_ids(self.tokenizer)).to(x.device)]
+        with torch.no_grad():
+            out = sae(x)
+        reconstruction, firing = Reconstruction(), Firing()
+        reconstruction.update(x, out.x_hat)
+        firing.update(out.acts)
+        norm = float(torch.linalg.vector_norm(x.double(), dim=-1).mean())
+        return {"fvu": reconstruction.fvu, "l0": firing.l0, "mean_norm": norm, "token_ids": ids.tolist()}
+
+    def _check_fingerprint(self, site: str, sae: SAE) -> None:
+        recorded = sae.metadata.get("fingerprint")
+        if not recorded:
+            raise MissingStatError(
+                f"the SAE for {site} holds no fingerprint, so check='fingerprint' has nothing to compare. Use check='site'."
+            )
+        measured = self.fingerprint(site, sae, torch.tensor(recorded["token_ids"]))
+        for name in ("fvu", "l0", "mean_norm"):
+            ratio = measured[name] / recorded[name] if recorded[name] else float("inf")
+            if not 1 / FINGERPRINT_FACTOR <= ratio <= FINGERPRINT_FACTOR:
+                raise SiteError(
+                    f"at {site} of {self.model_id} this SAE has {name} = {measured[name]:.4g}, its file records "
+                    f"{recorded[name]:.4g} on the same tokens: another model, revision or site. Check where it comes from."
+                )

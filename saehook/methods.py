@@ -1,0 +1,308 @@
+"""The training methods: what each minimises, and how its result becomes an SAE of the inference rule.
+
+All of them see scaled inputs (E‖x‖² = 1) and reconstruct with the weights of an `SAE`; what else a method learns stands in
+its `parameters`. The squared error is summed over the d components of a token. The topk and batchtopk kinds divide it by
+the variance of the inputs, as Gao et al. do; relu, jumprelu and gated take it as it is, so that the weight of their penalty
+means what it means in their papers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saehook import kernels, losses
+from saehook.activation_fns import jumprelu_ste, step_count
+from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, MultiTopK, ReLU, SAEConfig, TopK, TrainConfig
+from saehook.sae import SAE
+
+L1_START = 1e-3
+"""First weight of an L1 penalty that is steered towards `target_l0`."""
+L1_GAIN = 0.03
+"""How fast it moves: by this power of L0 / target_l0 a step, where the ratio is within a factor of e."""
+
+
+class Terms(NamedTuple):
+    """One batch through a method."""
+
+    loss: Tensor
+    """What is minimised, without the auxiliary loss, a scalar."""
+    x_hat: Tensor
+    """Reconstruction, [n, d_in], with its gradient."""
+    fired: Tensor
+    """On how many tokens each latent fired, [d_sae], float32."""
+    smallest: Tensor | None = None
+    """Smallest positive activation that the batch rule kept, infinite where it kept none; BatchTopK kinds only."""
+
+
+class Method:
+    """One SAE and the loss that trains it."""
+
+    unit_rows = True
+    """Whether the decoder rows are held at unit length."""
+
+    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor) -> None:
+        """`variance`: total variance of the scaled inputs, a scalar."""
+        self.config = config
+        self.sae = sae
+        self.variance = variance
+        self.parameters: dict[str, nn.Parameter] = dict(sae.named_parameters())
+
+    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+        """Loss of scaled tokens [n, d_in] at step `step`; `scratch` as in `kernels.encode`."""
+        raise NotImplementedError
+
+    def after_step(self, taken: Tensor) -> None:
+        """Bring the parameters back to where they may be; `taken`: whether the step was, 0-dim bool."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the parameters."""
+        return {}
+
+    def finish(self) -> None:
+        """Make `self.sae` an SAE of its inference rule, still in scaled units."""
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """Pre-activations, [n, d_sae], with gradients."""
+        sae = self.sae
+        return kernels.reference.pre_acts(x - sae.b_dec, sae.W_enc, sae.b_enc)
+
+    def _decode(self, acts: Tensor) -> Tensor:
+        with torch.autocast(acts.device.type, dtype=torch.bfloat16, enabled=acts.is_cuda):
+            return (acts @ self.sae.W_dec).to(self.sae.b_dec.dtype) + self.sae.b_dec
+
+
+class TopKMethod(Method):
+    """TopK (Gao et al. 2024): the k largest of each token."""
+
+    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+        sae, k = self.sae, self.k_at(step)
+        values, selection = kernels.encode(
+            x, sae.W_enc, sae.b_enc, sae.b_dec, lambda pre: kernels.topk(pre, k), k=k, scratch=scratch
+        )
+        x_hat = kernels.decode(values, sae.W_dec, selection, k=k) + sae.b_dec
+        return Terms(losses.reconstruction(x, x_hat, self.variance), x_hat, self._fired(values, selection))
+
+    def k_at(self, step: int) -> int:
+        """k at this step: it falls linearly from d_in over `k_anneal_steps`."""
+        k, anneal = self.config.k, self.config.k_anneal_steps
+        assert k is not None
+        if step >= anneal:
+            return k
+        start = max(k, min(self.sae.d_in, self.sae.d_sae))
+        return round(start + (k - start) * step / anneal)
+
+    def _fired(self, values: Tensor, selection: kernels.Selection) -> Tensor:
+        fired = torch.zeros(self.sae.d_sae, device=values.device)
+        return fired.index_add_(0, selection.latents, (values.detach() > 0).float())
+
+
+class MultiTopKMethod(TopKMethod):
+    """TopK with a second loss at a multiple of k, from the same pre-activations (Gao et al. 2024, section 5.3)."""
+
+    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+        method, sae, k = self.config.activation, self.sae, self.k_at(step)
+        assert isinstance(method, MultiTopK)
+        more = min(method.multiple * k, sae.d_sae)
+        values, selection = kernels.encode(
+            x,
+            sae.W_enc,
+            sae.b_enc,
+            sae.b_dec,
+            lambda pre: kernels.topk(pre, more, descending=True),
+            k=more,
+            scratch=scratch,
+        )
+        first = selection.first_of_each_token(k)
+        first_values = values.view(-1, more)[:, :k].reshape(-1)
+        x_hat = kernels.decode(first_values, sae.W_dec, first, k=k) + sae.b_dec
+        wide = kernels.decode(values, sae.W_dec, selection, k=more) + sae.b_dec
+        loss = losses.reconstruction(x, x_hat, self.variance)
+        loss = loss + method.weight * losses.reconstruction(x, wide, self.variance)
+        return Terms(loss, x_hat, self._fired(first_values, first))
+
+
+class BatchTopKMethod(TopKMethod):
+    """BatchTopK (Bussmann et al. 2024): the tokens × k largest of the batch, by one exact cut."""
+
+    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+        sae, k = self.sae, self.k_at(step)
+        values, selection = self._encode(x, k, scratch)
+        x_hat = kernels.decode(values, sae.W_dec, selection, k=k) + sae.b_dec
+        loss = losses.reconstruction(x, x_hat, self.variance)
+        return Terms(loss, x_hat, self._fired(values, selection), _smallest(values))
+
+    def _encode(self, x: Tensor, k: int, scratch: Tensor | None) -> kernels.Encoded:
+        sae = self.sae
+        return kernels.encode(
+            x, sae.W_enc, sae.b_enc, sae.b_dec, lambda pre: kernels.batch_topk(pre, k), k=k, scratch=scratch
+        )
+
+
+class MatryoshkaMethod(BatchTopKMethod):
+    """Matryoshka BatchTopK (Bussmann et al. 2025): one BatchTopK over all latents, the mean loss of nested prefixes."""
+
+    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor) -> None:
+        super().__init__(config, sae, variance)
+        assert isinstance(config.activation, Matryoshka)
+        ends = torch.tensor(config.activation.fractions).double().cumsum(0) * sae.d_sae
+        self.ends = ends.round().long().clamp(max=sae.d_sae).to(sae.device)
+        """Where each group of latents ends."""
+        self.ends[-1] = sae.d_sae
+
+    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+        sae, k = self.sae, self.k_at(step)
+        values, selection = self._encode(x, k, scratch)
+        parts = kernels.decode(values, sae.W_dec, selection.by_group(self.ends), k=k)
+        prefixes = parts.view(len(x), len(self.ends), -1).cumsum(1) + sae.b_dec
+        loss = (prefixes - x[:, None]).square().sum(-1).mean() / self.variance
+        return Terms(loss, prefixes[:, -1], self._fired(values, selection), _smallest(values))
+
+
+class ReLUMethod(Method):
+    """ReLU + L1 (Bricken et al. 2023, Cunningham et al. 2023); with `decoder_norm_penalty` that of April 2024."""
+
+    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor) -> None:
+        super().__init__(config, sae, variance)
+        self.unit_rows = not config.decoder_norm_penalty
+        if config.decoder_norm_penalty:  # rows of norm 0.1, and the encoder their transpose
+            sae.W_dec.data *= 0.1
+            sae.W_enc.data *= 0.1
+        start = L1_START if config.sparsity_coefficient is None else config.sparsity_coefficient
+        self.coefficient = torch.tensor(math.log(max(start, 1e-30)), dtype=torch.float64, device=sae.device)
+        """Log of the penalty's weight."""
+        self._l0 = torch.zeros((), device=sae.device)
+
+    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+        acts = self._dense(x).relu()
+        x_hat = self._decode(acts)
+        strength = acts
+        if self.config.decoder_norm_penalty:
+            strength = acts * torch.linalg.vector_norm(self.sae.W_dec, dim=-1)
+        loss = losses.squared_error(x, x_hat) + self._weight(step) * strength.sum(-1).mean()
+        return Terms(loss, x_hat, self._count(acts))
+
+    def _weight(self, step: int) -> Tensor:
+        return self.coefficient.exp().float() * warm(step, self.config.resolved_sparsity_warmup_steps)
+
+    def _count(self, acts: Tensor) -> Tensor:
+        fired = (acts.detach() > 0).sum(0, dtype=torch.float32)
+        self._l0 = fired.sum() / len(acts)
+        return fired
+
+    def after_step(self, taken: Tensor) -> None:
+        if (target := self.config.target_l0) is None:
+            return
+        move = L1_GAIN * (self._l0.double() / max(target, 1e-9)).clamp(min=1e-9).log().clamp(-1, 1)
+        self.coefficient = torch.where(taken, self.coefficient + move, self.coefficient)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"coefficient": self.coefficient}
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        if self.config.decoder_norm_penalty:
+            sae = self.sae
+            norm = torch.linalg.vector_norm(sae.W_dec, dim=-1).clamp(min=1e-12)
+            sae.W_enc.data *= norm
+            sae.b_enc.data *= norm
+            sae.W_dec.data /= norm[:, None]
+
+
+class JumpReLUMethod(Method):
+    """JumpReLU (Rajamanoharan et al. 2024) with the L0 penalty, or with a penalty on the distance to `target_l0`."""
+
+    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor) -> None:
+        super().__init__(config, sae, variance)
+        sae.set_threshold(config.initial_threshold)
+        self.parameters = dict(sae.named_parameters())
+
+    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+        config, threshold = self.config, self.sae.threshold
+        assert threshold is not None
+        pre_acts = self._dense(x)
+        acts = jumprelu_ste(pre_acts, threshold, config.bandwidth)
+        x_hat = self._decode(acts)
+        l0 = step_count(pre_acts, threshold, config.bandwidth).mean()
+        if config.target_l0 is None:
+            assert config.sparsity_coefficient is not None
+            penalty = config.sparsity_coefficient * l0
+        else:
+            weight = 1.0 if config.sparsity_coefficient is None else config.sparsity_coefficient
+            penalty = weight * (l0 / config.target_l0 - 1).square()
+        loss = losses.squared_error(x, x_hat) + warm(step, config.resolved_sparsity_warmup_steps) * penalty
+        return Terms(loss, x_hat, (acts.detach() > 0).sum(0, dtype=torch.float32))
+
+    @torch.no_grad()
+    def after_step(self, taken: Tensor) -> None:
+        # A negative threshold would let negative activations through in training, but not at inference.
+        assert self.sae.threshold is not None
+        self.sae.threshold.clamp_(min=0)
+
+
+class GatedMethod(ReLUMethod):
+    """Gated SAE (Rajamanoharan et al. 2024a): f = 1[π_gate > 0] · ReLU(π_mag), with W_mag = W_gate · exp(r).
+
+    π_gate > 0 where π_mag > b_mag - exp(r) · b_gate: so the finished SAE is a JumpReLU with that threshold.
+    """
+
+    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor) -> None:
+        super().__init__(config, sae, variance)
+        sae.register_parameter("threshold", None)  # it follows from the other parameters in the end
+        zeros = torch.zeros(sae.d_sae, device=sae.device)
+        self.r_mag, self.b_mag = nn.Parameter(zeros), nn.Parameter(zeros.clone())
+        self.parameters = {**dict(sae.named_parameters()), "r_mag": self.r_mag, "b_mag": self.b_mag}
+
+    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+        sae = self.sae
+        pre_gate = self._dense(x)
+        pre_mag = (pre_gate - sae.b_enc) * self.r_mag.exp() + self.b_mag
+        acts = (pre_gate > 0) * pre_mag.relu()
+        x_hat = self._decode(acts)
+        gate = pre_gate.relu()
+        frozen = gate @ sae.W_dec.detach().to(gate.dtype) + sae.b_dec.detach()
+        loss = losses.squared_error(x, x_hat) + losses.squared_error(x, frozen)
+        loss = loss + self._weight(step) * gate.sum(-1).mean()
+        return Terms(loss, x_hat, self._count(acts))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        sae, gain = self.sae, self.r_mag.exp()
+        threshold = self.b_mag - gain * sae.b_enc
+        sae.W_enc.data *= gain
+        sae.b_enc.data.copy_(self.b_mag)
+        sae.set_threshold(threshold)
+
+
+METHODS: dict[type, type[Method]] = {
+    ReLU: ReLUMethod,
+    TopK: TopKMethod,
+    MultiTopK: MultiTopKMethod,
+    BatchTopK: BatchTopKMethod,
+    Matryoshka: MatryoshkaMethod,
+    JumpReLU: JumpReLUMethod,
+    Gated: GatedMethod,
+}
+
+
+def make_method(config: TrainConfig, center: Tensor, variance: Tensor) -> Method:
+    """A new SAE for `config` and its method; `center` [d_in] becomes b_dec. On their device."""
+    sae_config = SAEConfig(d_in=center.numel(), d_sae=config.d_sae, activation=config.inference)
+    sae = SAE(sae_config, site=config.site, generator=torch.Generator().manual_seed(config.seed)).to(center.device)
+    sae.b_dec.data.copy_(center)
+    sae.W_enc.data = sae.W_enc.data.T.contiguous().T  # latent-major in memory: see kernels/sparse.py
+    return METHODS[type(config.activation)](config, sae, variance)
+
+
+def warm(step: int, warmup_steps: int) -> float:
+    """Share of the penalty at this step: a linear rise to 1."""
+    return min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+def _smallest(values: Tensor) -> Tensor:
+    """Smallest positive of the kept activations, float32; infinite where there is none."""
+    values = torch.where(values.detach() > 0, values.detach(), math.inf)
+    return (values.min() if values.numel() else values.new_tensor(math.inf)).float()

@@ -1,0 +1,134 @@
+"""Adam on the unit sphere of decoder rows, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+ROWS_AT_ONCE = 1024
+"""Rows that are projected or normalised together: few enough to stay in a CPU's cache."""
+
+
+def lr_factor(step: int, steps: int, *, warmup_steps: int, decay_share: float) -> float:
+    """Share of the peak learning rate for step `step` of 0..steps-1.
+
+    Rises linearly over `warmup_steps`, stays at 1, and falls linearly over the last `decay_share` of the steps; it
+    would be 0 at step `steps`. Where both apply, the smaller counts.
+    """
+    rise = (step + 1) / (warmup_steps + 1) if step < warmup_steps else 1.0
+    decay_steps = decay_share * steps
+    fall = (steps - step) / decay_steps if steps - step < decay_steps else 1.0
+    return max(0.0, min(rise, fall))
+
+
+@torch.no_grad()
+def remove_parallel_(grad: Tensor, rows: Tensor) -> None:
+    """Take from each row of `grad` [n, d] its component along the unit vector in that row of `rows`, in place."""
+    for g, unit in zip(grad.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE), strict=True):
+        g.addcmul_(unit, (g * unit).sum(-1, keepdim=True), value=-1)
+
+
+@torch.no_grad()
+def normalize_rows_(rows: Tensor, allowed: Tensor | None = None) -> None:
+    """Give each row of `rows` [n, d] unit length, in place; a row of zeros stays.
+
+    Where `allowed` (0-dim bool) is False every bit stays; without it rows of unit length may change in the last one.
+    """
+    for block in rows.split(ROWS_AT_ONCE):
+        norm = torch.linalg.vector_norm(block, dim=-1, keepdim=True)
+        changed = norm > 0 if allowed is None else (norm > 0) & allowed
+        block.div_(torch.where(changed, norm, 1))
+
+
+class DecoderConstrainedAdam:
+    """Adam for the parameters of one SAE, whose decoder rows keep unit length.
+
+    `step` is: remove the gradient's component along the decoder rows, clip, Adam, renormalise the rows, set the
+    learning rate of the next step.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        lr: float,
+        steps: int,
+        warmup_steps: int = 0,
+        decay_share: float = 0.0,
+        beta1: float = 0.9,
+        eps: float = 6.25e-10,
+        clip_norm: float = 0.0,
+        unit_rows: bool = True,
+    ) -> None:
+        """`parameters` by name; with `unit_rows` the one called `W_dec` is constrained. `clip_norm` 0 does not clip."""
+        self.parameters = dict(parameters)
+        self.W_dec = self.parameters["W_dec"] if unit_rows else None
+        self.peak_lr = lr
+        self.clip_norm = clip_norm
+        self.steps, self.warmup_steps, self.decay_share = steps, warmup_steps, decay_share
+        self.taken = 0
+        """Steps taken so far."""
+        # Where a matrix is stored the other way round, Adam gets its transpose, a parameter on the same memory: fused
+        # Adam copies tensors that are not contiguous.
+        self.stepped = {
+            name: nn.Parameter(p.detach().T) if p.ndim == 2 and not p.is_contiguous() and p.T.is_contiguous() else p
+            for name, p in self.parameters.items()
+        }
+        self.adam = torch.optim.Adam(list(self.stepped.values()), lr=lr, betas=(beta1, 0.999), eps=eps, fused=True)
+        self._set_lr()
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self.adam.param_groups[0]["lr"]
+
+    def step(self, allowed: Tensor | None = None) -> Tensor:
+        """One step with the gradients that the parameters hold; they are dropped afterwards.
+
+        Nothing changes where the gradient's norm is not finite, or `allowed` (0-dim bool, on the device) is False. Returns
+        whether the step was taken, 0-dim bool: no synchronisation.
+        """
+        if self.W_dec is not None and self.W_dec.grad is not None:
+            remove_parallel_(self.W_dec.grad, self.W_dec)
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        if self.clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, norm)
+        taken = norm.isfinite() if allowed is None else norm.isfinite() & allowed
+        for name, stepped in self.stepped.items():
+            grad = self.parameters[name].grad
+            stepped.grad = grad if grad is None or stepped is self.parameters[name] else grad.T
+        self.adam.found_inf = (~taken).float()  # type: ignore[attr-defined]  # how fused Adam is told to change nothing
+        self.adam.step()
+        for parameter in (*self.parameters.values(), *self.stepped.values()):
+            parameter.grad = None
+        if self.W_dec is not None:
+            normalize_rows_(self.W_dec, taken)
+        self.taken += 1
+        self._set_lr()
+        return taken
+
+    def state(self) -> dict[str, Tensor]:
+        """Adam's moments and step counts by parameter name; not copies."""
+        return {
+            f"{name}.{key}": value
+            for name, stepped in self.stepped.items()
+            for key, value in self.adam.state[stepped].items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor], taken: int) -> None:
+        """Go on from what `state` gave after `taken` steps."""
+        for name, stepped in self.stepped.items():
+            found = {key.rpartition(".")[2]: value for key, value in state.items() if key.rpartition(".")[0] == name}
+            # Where nothing is found the parameter has had no gradient yet.
+            self.adam.state[stepped] = {key: value.to(stepped.device, copy=True) for key, value in found.items()}
+            if not found:
+                del self.adam.state[stepped]
+        self.taken = taken
+        self._set_lr()
+
+    def _set_lr(self) -> None:
+        factor = lr_factor(self.taken, self.steps, warmup_steps=self.warmup_steps, decay_share=self.decay_share)
+        self.adam.param_groups[0]["lr"] = self.peak_lr * factor

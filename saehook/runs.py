@@ -1,0 +1,207 @@
+"""What a model does with text, with or without SAEs attached: forward pass, loss, generation. No nnsight here."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saehook.errors import ArgumentError, ContextLengthError, NoEffectWarning
+from saehook.interventions import Edit, Program
+from saehook.positions import Positions
+from saehook.results import Generation, Report
+from saehook.tokenization import Batch, special_ids, to_batch
+
+DEFAULT_NEW_TOKENS = 20
+
+
+class Runs:
+    """Shared by the clean model and the one with SAEs attached; they say in `_call` how something runs."""
+
+    lm: Any
+    """The Hugging Face model, unchanged."""
+    tokenizer: Any
+    """Its tokenizer."""
+    _vocab_size: int
+
+    def _call(self, call: Callable[[], Any], program: Program, positions: Positions) -> tuple[Any, Report]:
+        """`call()` with the program in force, and the report of what it did."""
+        raise NotImplementedError
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens that the model takes, or None where its config does not say."""
+        config = self.lm.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        return self.lm.device
+
+    def _batch(self, x: Any, attention_mask: Tensor | None = None) -> Batch:
+        batch = to_batch(x, self.tokenizer, vocab_size=self._vocab_size, attention_mask=attention_mask)
+        longest = int(batch.attention_mask.sum(1).max())
+        if self.context is not None and longest > self.context:
+            raise ContextLengthError(
+                f"the input has {longest} tokens, and the model takes {self.context}. Shorten it or split it into windows."
+            )
+        return batch
+
+    def _arguments(self, batch: Batch, *, masked: bool) -> dict[str, Tensor]:
+        """Arguments of the model's forward: the mask and positions only where something is padded (or `masked`)."""
+        arguments = {"input_ids": batch.ids.to(self.device)}
+        if batch.padded or masked:
+            mask = batch.attention_mask.to(self.device)
+            arguments["attention_mask"] = mask
+            if batch.padded and "position_ids" in inspect.signature(self.lm.forward).parameters:
+                arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        return arguments
+
+    def _positions(self, batch: Batch, program: Program, expansion: int = 1) -> Positions:
+        positions = Positions(
+            batch.ids.to(self.device), batch.attention_mask.to(self.device), special_ids(self.tokenizer), expansion
+        )
+        for edit in program.edits:
+            if edit.where.tokens is not None:
+                positions.token_mask(edit.where.tokens)  # an index that a row lacks is an error before anything runs
+        return positions
+
+    def __call__(
+        self,
+        x: Any,
+        edits: Program | Edit | Iterable[Edit] = (),
+        splice: bool = False,
+        error: str | None = None,
+        attention_mask: Tensor | None = None,
+        **forward: Any,
+    ) -> Any:
+        """One forward pass: the Hugging Face model's own output object, in the caller's grad mode.
+
+        Args:
+            x: text, a list of ids, a 1-D tensor; or a list of those, or a 2-D tensor. Rows are padded on the left.
+            edits: edits, or a `Program`; see `saehook.interventions`. Each names its site where several SAEs are attached.
+            splice: put every attached SAE's reconstruction in, edits included.
+            error: `keep` (default) or `drop` the reconstruction error on edited tokens.
+            attention_mask: for a 2-D `x` that is padded already.
+            forward: handed to the model's forward.
+        """
+        program = Program.of(edits, splice, error)
+        if doubled := {"input_ids", "inputs_embeds"} & forward.keys():
+            raise ArgumentError(f"the input is given twice, as x and as {', '.join(doubled)}. Give it once, as x.")
+        batch = self._batch(x, attention_mask)
+        arguments = self._arguments(batch, masked=attention_mask is not None) | forward
+        output, report = self._call(lambda: self.lm(**arguments), program, self._positions(batch, program))
+        _warn_of(report)
+        return output
+
+    def loss(
+        self, x: Any, edits: Program | Edit | Iterable[Edit] = (), splice: bool = False, error: str | None = None
+    ) -> float:
+        """Mean cross-entropy in nats over every next token of every row, as Hugging Face's `labels=` gives it."""
+        program = Program.of(edits, splice, error)
+        batch = self._batch(x)
+        mask = batch.attention_mask
+        labels = torch.where(mask.bool(), batch.ids, -100)
+        # The first token of a padded row has no predecessor: padding must not be asked to predict it.
+        labels[mask.cumsum(-1) <= 1] = -100
+        if not (labels != -100).any():
+            raise ArgumentError("a single token predicts nothing, so there is no loss. Give at least two tokens.")
+        arguments = self._arguments(batch, masked=False)
+        with torch.no_grad():
+            output, report = self._call(
+                lambda: self.lm(**arguments, labels=labels.to(self.device), use_cache=False),
+                program,
+                self._positions(batch, program),
+            )
+        _warn_of(report)
+        return float(output.loss)
+
+    def generate(
+        self,
+        x: Any,
+        edits: Program | Edit | Iterable[Edit] = (),
+        splice: bool = False,
+        error: str | None = None,
+        seed: int | None = None,
+        **hf: Any,
+    ) -> Any:
+        """Continue a text: a `Generation`, or a list of them for a batch or `num_return_sequences` > 1.
+
+        Sampled only if `hf` or the model's generation config say so; `seed` leaves the caller's random state alone.
+        `hf` goes to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature`, `num_beams`, `streamer`, ...).
+
+        Raises:
+            ArgumentError: a seed or a number of new tokens that is no whole number.
+            ContextLengthError: prompt and new tokens together are more than the model takes.
+        """
+        result = self.generate_quietly(x, Program.of(edits, splice, error), seed, **hf)
+        _warn_of((result if isinstance(result, Generation) else result[0]).report)
+        return result
+
+    def generate_quietly(self, x: Any, program: Program, seed: int | None, **hf: Any) -> Any:
+        """`generate` without warnings: what edits did not do stands in the report only."""
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise ArgumentError(f"seed={seed!r}; a whole number is expected, or None for the caller's random state.")
+        batch = self._batch(x)
+        settings = hf.get("generation_config") or self.lm.generation_config
+        if "max_new_tokens" not in hf and "max_length" not in hf and "generation_config" not in hf:
+            hf["max_new_tokens"] = getattr(self.lm.generation_config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
+        length = batch.ids.shape[1]
+        if hf.get("max_new_tokens") is not None:
+            new = hf["max_new_tokens"]
+        elif hf.get("max_length") is not None:
+            new = hf["max_length"] - length
+        else:
+            new = settings.max_new_tokens or (settings.max_length or 0) - length
+        if not isinstance(new, int) or new < 1:
+            raise ArgumentError(
+                f"{new!r} new tokens are asked for after a prompt of {length}; a whole number of at least 1 is expected."
+            )
+        if self.context is not None and length + new > self.context:
+            raise ContextLengthError(
+                f"{length} prompt tokens and {new} new ones are more than the {self.context} tokens the model takes. "
+                "Shorten the prompt, or lower max_new_tokens."
+            )
+        beams = hf.get("num_beams") or settings.num_beams or 1
+        returned = hf.get("num_return_sequences") or settings.num_return_sequences or 1
+        if "pad_token_id" not in hf and settings.pad_token_id is None:
+            hf["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        ids, mask = batch.ids.to(self.device), batch.attention_mask.to(self.device)
+
+        devices = [self.device] if self.device.type == "cuda" else []
+
+        def call() -> Tensor:  # runs under the model's lock, so no other run draws from this random state
+            with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                return self.lm.generate(input_ids=ids, attention_mask=mask, **hf)
+
+        positions = self._positions(batch, program, beams if beams > 1 else returned)
+        with torch.no_grad():
+            output, report = self._call(call, program, positions)
+        sequences = (output if isinstance(output, Tensor) else output.sequences).cpu()
+        eos = hf.get("eos_token_id", settings.eos_token_id)
+        rows = [
+            self._generation(row, batch.attention_mask[i // returned], length, eos, report)
+            for i, row in enumerate(sequences)
+        ]
+        return rows[0] if batch.single and returned == 1 else rows
+
+    def _generation(self, row: Tensor, mask: Tensor, length: int, eos: Any, report: Report) -> Generation:
+        """One row without the padding on its left and behind its EOS."""
+        new = row[length:]
+        ends = torch.isin(new, torch.tensor(eos if isinstance(eos, list) else [eos])) if eos is not None else None
+        if ends is not None and ends.any():
+            new = new[: int(ends.nonzero()[0]) + 1]
+        ids = torch.cat([row[:length][mask.bool()], new])
+        return Generation(ids, new, self.tokenizer.decode(new.tolist(), skip_special_tokens=True), report)
+
+
+def _warn_of(report: Report) -> None:
+    for note in report.notes():
+        warnings.warn(note, NoEffectWarning, stacklevel=3)

@@ -1,0 +1,221 @@
+"""The sparse autoencoder: parameters, `encode`, `decode`, `forward`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saehook.activation_fns import activate
+from saehook.config import BatchTopK, JumpReLU, SAEConfig
+from saehook.errors import ArgumentError, LatentError, MissingStatError, ShapeError
+
+LAYER_NORM_EPS = 1e-5
+INITIAL_JUMPRELU_THRESHOLD = 1e-3
+
+
+class SAEOutput(NamedTuple):
+    """What `SAE.forward` returns."""
+
+    x_hat: Tensor
+    """Reconstruction, [..., d_in], in the SAE's dtype."""
+    acts: Tensor
+    """Latent activations, [..., d_sae]."""
+    pre_acts: Tensor
+    """Before the activation function, [..., d_sae]."""
+
+
+@dataclass
+class LatentStats:
+    """Per-latent facts measured on text; `tokens` says on how much."""
+
+    max_act: Tensor
+    """Largest activation seen, [d_sae], float32; 0 for a latent that never fired."""
+    density: Tensor
+    """Share of tokens on which the latent fired, [d_sae], float32."""
+    mean_act: Tensor
+    """Mean activation over all tokens, [d_sae], float32."""
+    tokens: int
+    """Tokens of the mask that were measured."""
+
+
+class SAE(nn.Module):
+    """z = activation((x - b_dec) W_enc + b_enc),  x_hat = z W_dec + b_dec.
+
+    Shapes: `W_enc` [d_in, d_sae], `W_dec` [d_sae, d_in] (row i is the direction of latent i), `b_enc` [d_sae],
+    `b_dec` [d_in], `threshold` None, scalar or [d_sae] (float32 always: bf16 thresholds round away what training
+    learned). All are `nn.Parameter`s and may be set in place.
+    """
+
+    def __init__(
+        self,
+        config: SAEConfig,
+        *,
+        site: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """A new SAE: random unit decoder rows, encoder = decoder transposed, biases 0 (Gao et al. 2024, A.1).
+
+        `threshold` starts at 0.001 for JumpReLU and is None for the others: a BatchTopK gets it from its trainer.
+        """
+        super().__init__()
+        self.config = config
+        self.site = site
+        self.stats: LatentStats | None = None
+        self.metadata: dict[str, Any] = {}
+        if device is not None and torch.device(device).type == "meta":  # sizes only: whoever asks fills them in
+            rows = torch.empty(config.d_sae, config.d_in, device=device, dtype=dtype)
+        else:
+            rows = F.normalize(torch.randn(config.d_sae, config.d_in, generator=generator), dim=-1).to(device, dtype)
+        self.W_enc = nn.Parameter(rows.T.contiguous())
+        self.W_dec = nn.Parameter(rows.clone())
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae, device=device, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in, device=device, dtype=dtype))
+        self.register_parameter("threshold", None)
+        if isinstance(config.activation, JumpReLU):
+            self.threshold = nn.Parameter(torch.full((config.d_sae,), INITIAL_JUMPRELU_THRESHOLD, device=device))
+
+    @property
+    def d_in(self) -> int:
+        """Width of the site."""
+        return self.config.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.config.d_sae
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights; `threshold` is float32 whatever this says."""
+        return self.W_enc.dtype
+
+    def extra_repr(self) -> str:
+        """One line for `print(sae)`."""
+        return f"{self.config.activation}, d_in={self.d_in}, d_sae={self.d_sae}, site={self.site!r}"
+
+    def _apply(self, fn, recurse: bool = True):  # nn.Module's hook for .to(), .half(), ...
+        before = None if self.threshold is None else self.threshold.detach()
+        super()._apply(fn, recurse)
+        if before is not None and self.threshold.dtype != torch.float32:
+            # From the values before: those that went through another dtype are rounded.
+            threshold = before.to(self.threshold.device, torch.float32)
+            self.threshold = nn.Parameter(threshold, requires_grad=self.threshold.requires_grad)
+        return self
+
+    def _normalize(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self.config.normalize == "none":
+            return x, None, None
+        mean = x.mean(-1, keepdim=True)
+        std = (x - mean).std(-1, keepdim=True) + LAYER_NORM_EPS
+        return (x - mean) / std, mean, std
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """Pre-activations, [..., d_sae], in the SAE's dtype. `x` is [..., d_in], of any float dtype.
+
+        Raises:
+            ShapeError: the last dimension of `x` is not d_in.
+        """
+        if x.shape[-1] != self.d_in:
+            raise ShapeError(
+                f"the SAE expects activations of width d_in = {self.d_in}, but got {tuple(x.shape)}. "
+                f"It belongs to another site or model{f' (recorded site: {self.site})' if self.site else ''}."
+            )
+        x, _, _ = self._normalize(x.to(self.dtype))
+        if self.config.subtract_b_dec:
+            x = x - self.b_dec
+        return torch.addmm(self.b_enc, x.reshape(-1, self.d_in), self.W_enc).view(*x.shape[:-1], self.d_sae)
+
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        """Latent activations from pre-activations by the inference rule; see `encode`."""
+        return activate(pre_acts, self.config.activation, self.threshold)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latent activations, dense [..., d_sae], by the inference rule: every token is treated alone.
+
+        Raises:
+            ShapeError: the last dimension of `x` is not d_in.
+            MissingStatError: a BatchTopK that has no threshold yet.
+        """
+        return self.activate(self.pre_acts(x))
+
+    def decode(self, acts: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reconstruction [..., d_in] of latent activations [..., d_sae].
+
+        `x` is only needed by an SAE that normalises each token: its mean and scale are put back.
+
+        Raises:
+            ShapeError: the last dimension of `acts` is not d_sae.
+            ArgumentError: `x` is missing and needed.
+        """
+        if acts.shape[-1] != self.d_sae:
+            raise ShapeError(
+                f"the SAE has d_sae = {self.d_sae} latents, but got activations of shape {tuple(acts.shape)}."
+            )
+        flat = torch.addmm(self.b_dec, acts.to(self.dtype).reshape(-1, self.d_sae), self.W_dec)
+        x_hat = flat.view(*acts.shape[:-1], self.d_in)
+        if self.config.normalize == "none":
+            return x_hat
+        if x is None:
+            raise ArgumentError(
+                "this SAE normalises each token, so the reconstruction needs the token's own mean and scale: "
+                "call decode(acts, x=x), or sae(x).x_hat."
+            )
+        _, mean, std = self._normalize(x.to(self.dtype))
+        assert mean is not None
+        assert std is not None
+        return x_hat * std + mean
+
+    def scale(self, x: Tensor) -> Tensor | None:
+        """Factor per token, [..., 1], from latent units to the units of `x`; None where it is 1 everywhere."""
+        return self._normalize(x.to(self.dtype))[2]
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        """Reconstruction, activations and pre-activations of `x` [..., d_in]."""
+        pre_acts = self.pre_acts(x)
+        acts = self.activate(pre_acts)
+        return SAEOutput(self.decode(acts, x), acts, pre_acts)
+
+    def check_latents(self, latents: tuple[int, ...]) -> None:
+        """Raises LatentError unless every latent is in 0..d_sae-1."""
+        for latent in latents:
+            if not 0 <= latent < self.d_sae:
+                where = f" at {self.site}" if self.site else ""
+                raise LatentError(f"latent {latent} is outside 0..{self.d_sae - 1}, the latents of the SAE{where}.")
+
+    def max_act(self, latents: tuple[int, ...]) -> Tensor:
+        """Recorded maxima of `latents`, [len(latents)], float32, for edits in units of the maximum.
+
+        Raises:
+            MissingStatError: the file holds no statistics, or a latent never fired when they were measured.
+        """
+        if self.stats is None:
+            raise MissingStatError(
+                "unit='max' needs each latent's recorded maximum, and this SAE has no statistics. Measure them with "
+                "`saehook stats SAE --text FILE`, or use unit='raw' or unit='norm'."
+            )
+        maxima = self.stats.max_act[list(latents)]
+        for latent, maximum in zip(latents, maxima.tolist(), strict=True):
+            if maximum <= 0:
+                raise MissingStatError(
+                    f"latent {latent} never fired on the {self.stats.tokens:,} tokens its statistics come from, so "
+                    "unit='max' has no meaning for it. Use unit='raw' or unit='norm'."
+                )
+        return maxima
+
+    def set_threshold(self, value: float | Tensor) -> None:
+        """Set the inference threshold (BatchTopK, JumpReLU) to one value, or one per latent, in float32."""
+        if not isinstance(self.config.activation, (BatchTopK, JumpReLU)):
+            raise ArgumentError(f"{self.config.activation} has no threshold.")
+        value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        self.threshold = nn.Parameter(value.expand(self.d_sae).clone())

@@ -1,0 +1,572 @@
+"""Training: several SAEs on one stream of activations. Takes any iterator of tensors, so it needs no language model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from saehook import losses
+from saehook.batches import Batch, InputFacts, Stream
+from saehook.calibration import Calibration, Calibrator
+from saehook.config import BatchTopK, TrainConfig, method_to_dict
+from saehook.errors import ArgumentError, FileError, TrainingError, TrainingInterrupted
+from saehook.files import DISK_FULL, atomic_write
+from saehook.methods import Terms, make_method
+from saehook.optim import DecoderConstrainedAdam, normalize_rows_
+from saehook.run_state import load_state, save_state
+from saehook.sae import SAE
+
+METRICS = "metrics.jsonl"
+"""The log, in `log_dir`."""
+SAMPLE_TOKENS = 8192
+"""Tokens at the start of the stream that set the input scale and b_dec; they are trained on afterwards."""
+LOG_STEPS = 20
+"""A line of metrics is written after so many steps; counted in steps, so that a resumed run writes the same lines."""
+DEVICE_REFRESH_STEPS = 20
+"""On a GPU the list of dead latents is renewed this rarely, since it needs a synchronisation; on a CPU every step."""
+CHECKPOINT_SECONDS = 600.0
+"""Time between checkpoints, where a folder for them is given."""
+RETRY_SECONDS = 10.0
+"""Pause before a write is tried again when the disk is full."""
+BAD_VALUES = ("", "the activations were", "the loss was", "the gradient was")
+
+
+class Run:
+    """One SAE in training, in scaled units, where E‖x‖² = 1."""
+
+    def __init__(self, config: TrainConfig, name: str, facts: InputFacts) -> None:
+        self.config = config
+        self.name = name
+        self.facts = facts
+        device = facts.center.device
+        self.k_aux = config.k_aux or max(1, facts.center.numel() // 2)
+        self.method = make_method(config, facts.center, facts.variance)
+        self.sae = self.method.sae
+        self.optimizer = DecoderConstrainedAdam(
+            self.method.parameters,
+            lr=config.resolved_lr,
+            steps=config.steps,
+            warmup_steps=config.resolved_warmup_steps,
+            decay_share=config.decay_share,
+            beta1=config.resolved_adam_beta1,
+            eps=config.adam_eps,
+            clip_norm=config.clip_norm,
+            unit_rows=self.method.unit_rows,
+        )
+        self.steps = 0
+        self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
+        self.dead = torch.empty(0, dtype=torch.int64, device=device)
+        """Indices of the dead latents."""
+        self.threshold = torch.full((), -1.0, device=device)
+        """Running mean of the smallest selected activation; negative before the first. Over at most the last tenth of
+        the steps or so, and 1 / (1 - threshold_beta) steps, so that a short run does not remember its start."""
+        self.averages = {
+            name: torch.zeros_like(p) for name, p in self.method.parameters.items() if config.ema_decay > 0
+        }
+        """Moving averages of the parameters, from zeros: `finish` corrects the bias."""
+        self.sums: dict[str, Tensor] = {}
+        """Sums of the metrics since the last line."""
+        self.summed_steps = 0
+        self.bad = torch.zeros(2, dtype=torch.int64, device=device)
+        """First step that was not finite, counted from 1 (0: none), and which of BAD_VALUES it was. From then on nothing
+        changes any more; it is read when metrics are, so that no step needs a synchronisation."""
+        self.metrics: dict[str, float] = {}
+        """The last line of metrics."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.steps >= self.config.steps
+
+    def step(self, x: Tensor, scratch: Tensor | None = None) -> None:
+        """One optimiser step on raw activations `x` [batch_tokens, d_in]; for `scratch` see `kernels.encode`."""
+        x = x * self.facts.scale
+        terms = self.method.terms(x, self.steps, scratch)
+        sane = torch.stack([x.sum().isfinite(), terms.loss.detach().isfinite()])
+        allowed = sane.all() & (self.bad[0] == 0)
+        before = self.tokens_since_fired, self.threshold
+        self._track_firing(
+            terms, len(x)
+        )  # first, as in the released code of Gao et al.: it decides which latents are dead
+        aux = self._auxiliary_loss(x, x - terms.x_hat)
+        (terms.loss + self.config.resolved_auxk_coefficient * aux).backward()
+        taken = self.optimizer.step(allowed)
+        self.tokens_since_fired = torch.where(taken, self.tokens_since_fired, before[0])
+        self.threshold = torch.where(taken, self.threshold, before[1])
+        self.method.after_step(taken)
+        self._average(taken)
+        self.steps += 1
+        self._note_bad(sane, taken)
+        self._add_metrics(x, terms, aux, taken)
+
+    def _auxiliary_loss(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self.config.resolved_auxk_coefficient == 0:
+            return x.new_zeros(())
+        sae = self.sae
+        return losses.auxk(x, residual, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, self.dead, self.k_aux)
+
+    @torch.no_grad()
+    def _track_firing(self, terms: Terms, tokens: int) -> None:
+        """Count tokens since each latent fired; follow the threshold of a BatchTopK."""
+        self.tokens_since_fired = torch.where(terms.fired > 0, 0, self.tokens_since_fired + tokens)
+        if not self.dead.is_cuda or self.steps % DEVICE_REFRESH_STEPS == 0:
+            self.dead = self.is_dead.nonzero().view(-1)
+        if (smallest := terms.smallest) is not None:
+            beta = min(self.config.threshold_beta, self.steps / (self.steps + 10))
+            moved = torch.where(self.threshold < 0, smallest, beta * self.threshold + (1 - beta) * smallest)
+            self.threshold = torch.where(smallest.isfinite(), moved, self.threshold)
+
+    @property
+    def is_dead(self) -> Tensor:
+        """Latents that have not fired for `dead_after_tokens`, [d_sae], bool."""
+        return self.tokens_since_fired >= self.config.resolved_dead_after_tokens
+
+    @torch.no_grad()
+    def _average(self, taken: Tensor) -> None:
+        weight = torch.where(taken, 1 - self.config.ema_decay, 0.0)
+        for name, average in self.averages.items():
+            average.lerp_(self.method.parameters[name], weight)
+
+    @torch.no_grad()
+    def _note_bad(self, sane: Tensor, taken: Tensor) -> None:
+        what = torch.where(sane[0], torch.where(sane[1], 3, 2), 1)
+        now = torch.stack([torch.full_like(what, self.steps), what])
+        self.bad = torch.where(~taken & (self.bad[0] == 0), now, self.bad)
+
+    @torch.no_grad()
+    def _add_metrics(self, x: Tensor, terms: Terms, aux: Tensor, taken: Tensor) -> None:
+        x_hat = terms.x_hat.detach()
+        new = {
+            "loss": terms.loss.detach(),
+            "error": losses.squared_error(x, x_hat),
+            "variance": losses.total_variance(x),
+            "l0": terms.fired.sum() / x.shape[0],
+            "aux": aux.detach(),
+        }
+        new = {key: torch.where(taken, value.double(), 0.0) for key, value in new.items()}
+        self.sums = {key: self.sums[key] + value for key, value in new.items()} if self.sums else new
+        self.summed_steps += 1
+
+    def read_metrics(self) -> dict[str, float]:
+        """Means since the last call; one synchronisation.
+
+        Raises:
+            TrainingError: a step was not finite.
+        """
+        step, what = self.bad.tolist()
+        if step:
+            raise TrainingError(
+                f"{BAD_VALUES[what]} not finite in step {step} of {self.name} at {self.config.site}. The weights are those "
+                "before that step. Look for NaN or infinity in the activations, or lower the learning rate (it is "
+                f"{self.config.resolved_lr:.3g})."
+            )
+        sums = {key: float(value) for key, value in self.sums.items()}
+        self.metrics = {
+            "step": self.steps,
+            "tokens": self.tokens,
+            "loss": sums["loss"] / self.summed_steps,
+            "fvu": sums["error"] / sums["variance"] if sums["variance"] > 0 else math.nan,
+            "l0": sums["l0"] / self.summed_steps,
+            "auxk": sums["aux"] / self.summed_steps,
+            "dead_share": float(self.is_dead.double().mean()),
+            "lr": self.optimizer.lr,
+        }
+        if (threshold := self._mean_threshold()) is not None:
+            self.metrics["threshold"] = threshold
+        self.sums, self.summed_steps = {}, 0
+        return self.metrics
+
+    def _mean_threshold(self) -> float | None:
+        """Threshold in the units of the activations; of a JumpReLU its mean."""
+        if isinstance(self.config.inference, BatchTopK):
+            return max(0.0, float(self.threshold)) / self.facts.scale
+        threshold = self.sae.threshold
+        return None if threshold is None else float(threshold.detach().mean()) / self.facts.scale
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.steps * self.config.resolved_batch_tokens
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors (not copies) and JSON-able data from which `load_state` goes on bit for bit."""
+        parts = {
+            "parameters": self.method.parameters,
+            "optimizer": self.optimizer.state(),
+            "method": self.method.state(),
+            "averages": self.averages,
+            "sums": self.sums,
+            "run": {
+                "tokens_since_fired": self.tokens_since_fired,
+                "dead": self.dead,
+                "threshold": self.threshold,
+                "bad": self.bad,
+            },
+            "facts": {"center": self.facts.center, "variance": self.facts.variance},
+        }
+        tensors = {f"{part}.{name}": x for part, named in parts.items() for name, x in named.items()}
+        data = {
+            "steps": self.steps,
+            "summed_steps": self.summed_steps,
+            "metrics": self.metrics,
+            "scale": self.facts.scale,
+        }
+        return tensors, data
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+
+        def part(name: str) -> dict[str, Tensor]:
+            found = {key: x for key, x in tensors.items() if key.startswith(f"{name}.")}
+            return {key.removeprefix(f"{name}."): x.to(self.dead.device) for key, x in found.items()}
+
+        for name, value in part("parameters").items():
+            self.method.parameters[name].copy_(value)
+        for name, value in part("method").items():
+            self.method.state()[name].copy_(value)
+        for name, value in part("averages").items():
+            self.averages[name].copy_(value)
+        # Adam keeps its step counts where it made them; that is on the device, too.
+        self.optimizer.load_state(part("optimizer"), data["steps"])
+        self.sums = part("sums")
+        for name, value in part("run").items():
+            setattr(self, name, value)
+        self.steps, self.summed_steps, self.metrics = data["steps"], data["summed_steps"], data["metrics"]
+
+    @torch.no_grad()
+    def finish(self) -> SAE:
+        """The SAE of raw activations: c·x ↦ c·x_hat becomes x ↦ x_hat, with activations in units of x."""
+        sae, scale = self.sae, self.facts.scale
+        for name, average in self.averages.items():
+            self.method.parameters[name].copy_(average / (1 - self.config.ema_decay**self.steps))
+        if self.method.unit_rows:
+            normalize_rows_(sae.W_dec)
+        self.method.finish()
+        sae.W_enc.data = sae.W_enc.data.contiguous()
+        sae.b_enc.data /= scale
+        sae.b_dec.data /= scale
+        if isinstance(self.config.inference, BatchTopK):
+            sae.set_threshold(max(0.0, float(self.threshold)) / scale)
+        elif sae.threshold is not None:
+            sae.set_threshold(sae.threshold.detach() / scale)
+        sae.requires_grad_(True).zero_grad(set_to_none=True)
+        sae.metadata = {
+            "training": resolved_settings(self.config, self.k_aux),
+            "input_scale": scale,
+            "tokens_seen": self.tokens,
+            "training_metrics": dict(self.metrics),
+        }
+        return sae
+
+
+def resolved_settings(config: TrainConfig, k_aux: int) -> dict[str, Any]:
+    """All settings of a run as JSON-able data, defaults resolved."""
+    return {
+        **dataclasses.asdict(config),
+        "activation": method_to_dict(config.activation),
+        "batch_tokens": config.resolved_batch_tokens,
+        "lr": config.resolved_lr,
+        "adam_beta1": config.resolved_adam_beta1,
+        "auxk_coefficient": config.resolved_auxk_coefficient,
+        "k_aux": k_aux,
+        "steps": config.steps,
+        "warmup_steps": config.resolved_warmup_steps,
+        "sparsity_warmup_steps": config.resolved_sparsity_warmup_steps,
+        "dead_after_tokens": config.resolved_dead_after_tokens,
+        "buffer_tokens": config.resolved_buffer_tokens,
+    }
+
+
+def sae_name(config: TrainConfig) -> str:
+    """How the logs call an SAE, e.g. `layers.2.resid_post-batchtopk32-4096`."""
+    sparsity = config.k or config.target_l0 or config.sparsity_coefficient
+    return f"{config.site}-{method_to_dict(config.activation)['name']}{sparsity:g}-{config.d_sae}"
+
+
+class Trainer:
+    """Trains one SAE per config; all of them see every batch."""
+
+    def __init__(
+        self,
+        configs: Sequence[TrainConfig],
+        batches: Iterable[Tensor | Batch],
+        *,
+        d_in: int | Mapping[str, int],
+        device: torch.device | str = "cpu",
+        log_dir: str | Path | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        progress: bool = True,
+    ) -> None:
+        """`batches` yields activations of shuffled tokens, as many at a time as it likes: a dict from each site to
+        [n, d_in], or plain tensors where all configs share one site. It should go on for `calibration_tokens` beyond
+        the training tokens. `d_in` is the width, of all sites or by site. `log_dir` gets `metrics.jsonl`,
+        `checkpoint_dir` a checkpoint every `checkpoint_seconds` and when the run is stopped.
+
+        Raises:
+            ArgumentError: no config, different batch sizes, or a site without width.
+        """
+        self.configs = list(configs)
+        sizes = {config.resolved_batch_tokens for config in self.configs}
+        if len(sizes) != 1:
+            raise ArgumentError(
+                f"the SAEs of one run share their batches, but these {len(self.configs)} configs ask for "
+                f"{sorted(sizes)} tokens a step. Give all of them the same batch_tokens."
+            )
+        self.batch_tokens = sizes.pop()
+        sites = list(dict.fromkeys(config.site for config in self.configs))
+        self.d_in = dict.fromkeys(sites, d_in) if isinstance(d_in, int) else {s: d_in[s] for s in sites if s in d_in}
+        if missing := [site for site in sites if site not in self.d_in]:
+            raise ArgumentError(f"d_in names no width for {', '.join(missing)}.")
+        self.batches = batches
+        self.device = device
+        self.log_file = None if log_dir is None else Path(log_dir) / METRICS
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self.checkpoint_seconds = checkpoint_seconds
+        self.progress = progress
+        self.steps = 0
+        """Steps taken so far."""
+        self.runs: list[Run] = []
+        """The SAEs in training, once `fit` has begun."""
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Make `fit` finish its step, write a checkpoint and raise TrainingInterrupted. From any thread or handler."""
+        self._stop.set()
+
+    def fit(self, *, resume: bool = False) -> list[SAE]:
+        """Train, calibrate on fresh tokens, and return the SAEs in the order of the configs; they take raw activations.
+
+        `resume` goes on from the newest checkpoint, with `batches` made anew: those that can say where they were
+        (`harvest.Shuffled`) go on there, others are read again up to that place. On a CPU the result has the same bits
+        as that of a run that was never interrupted.
+
+        Warns (UserWarning) where the activations ended early, or where no token was left to calibrate a threshold.
+
+        Raises:
+            TrainingError: too few tokens for one step, or something that is not finite.
+            TrainingInterrupted: after `stop`.
+            FileError, FormatError: there is no checkpoint to resume from, or none that is whole.
+        """
+        stream = Stream(self.batches, self.d_in, self.device)
+        total = max(config.steps for config in self.configs) * self.batch_tokens
+        with tqdm(total=total, disable=not self.progress, unit="tok", unit_scale=True) as bar:
+            if resume:
+                self._resume(stream)
+                bar.update(self.steps * self.batch_tokens)
+                bar.unpause()
+            else:
+                self.runs, self.steps = self._start(stream), 0
+            self._train(stream, bar)
+            if self.checkpoint_dir is not None:  # what follows can be done again
+                self._save(stream)
+        if (trained := self.steps * self.batch_tokens) < total:
+            warnings.warn(
+                f"the activations ended early: trained on {trained:,} of {total:,} tokens.", UserWarning, stacklevel=2
+            )
+        saes = [run.finish() for run in self.runs]
+        self._calibrate(stream, saes)
+        return saes
+
+    def _start(self, stream: Stream) -> list[Run]:
+        if (available := stream.available(self.batch_tokens)) < self.batch_tokens:
+            raise TrainingError(
+                f"the activations ended after {available:,} tokens, and one step needs {self.batch_tokens:,}. "
+                "Give more text, or a smaller batch_tokens."
+            )
+        return self._make_runs(
+            {site: InputFacts.measure(sample, site) for site, sample in stream.peek(SAMPLE_TOKENS).items()}
+        )
+
+    def _make_runs(self, facts: Mapping[str, InputFacts]) -> list[Run]:
+        names: list[str] = []
+        for config in self.configs:
+            name = sae_name(config)
+            names.append(name if name not in names else f"{name}-{len(names)}")
+        return [Run(config, name, facts[config.site]) for config, name in zip(self.configs, names, strict=True)]
+
+    def _train(self, stream: Stream, bar: tqdm) -> None:
+        """All steps, or as many as there are tokens for."""
+        saved = time.monotonic()
+        on_cpu = torch.device(self.device).type == "cpu"
+        scratch = torch.empty(self.batch_tokens * max(c.d_sae for c in self.configs)) if on_cpu else None
+        while not all(run.done for run in self.runs):
+            if self._stop.is_set():
+                raise TrainingInterrupted(self._said_where(stream, bar))
+            if stream.available(self.batch_tokens) < self.batch_tokens:
+                break
+            batch = stream.take(self.batch_tokens)
+            for run in self.runs:
+                if not run.done:
+                    run.step(batch[run.config.site], scratch)
+            self.steps += 1
+            bar.update(self.batch_tokens)
+            if self.steps % LOG_STEPS == 0:
+                self._log(bar)
+            if self.checkpoint_dir is not None and time.monotonic() - saved >= self.checkpoint_seconds:
+                self._save(stream, bar)
+                saved = time.monotonic()
+        self._log(bar)
+
+    def _log(self, bar: tqdm) -> None:
+        """Read the metrics of the SAEs that have stepped, show them and append them to the log."""
+        lines = [{"sae": run.name, **run.read_metrics()} for run in self.runs if run.summed_steps]
+        if not lines:
+            return
+        mean = {key: sum(line[key] for line in lines) / len(lines) for key in ("fvu", "l0", "dead_share")}
+        bar.set_postfix(fvu=f"{mean['fvu']:.3f}", l0=f"{mean['l0']:.1f}", dead=f"{mean['dead_share']:.1%}")
+        if self.log_file is not None:
+            file = self.log_file
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            self._patiently(lambda: _append(file, text), bar)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _said_where(self, stream: Stream, bar: tqdm) -> str:
+        """Write a checkpoint, and say where it is."""
+        tokens = f"{self.steps * self.batch_tokens:,} tokens"
+        if self.checkpoint_dir is None:
+            return f"training was stopped after {tokens}; without a checkpoint_dir nothing is saved."
+        return f"training was stopped after {tokens} and can be resumed from {self._save(stream, bar)}."
+
+    def _save(self, stream: Stream, bar: tqdm | None = None) -> Path:
+        assert self.checkpoint_dir is not None
+        folder = self.checkpoint_dir
+        for run in self.runs:
+            if run.summed_steps and bool(run.bad[0]):
+                run.read_metrics()  # raises: a run that went wrong must not replace its last good checkpoint
+        tensors, source = stream.state()
+        data: dict[str, Any] = {
+            "configs": [resolved_settings(run.config, run.k_aux) for run in self.runs],
+            "steps": self.steps,
+            "stream": source,
+            "runs": [],
+        }
+        for i, run in enumerate(self.runs):
+            run_tensors, run_data = run.state()
+            tensors |= {f"runs.{i}.{name}": x for name, x in run_tensors.items()}
+            data["runs"].append(run_data)
+        return self._patiently(lambda: save_state(folder, self.steps, tensors, data), bar)
+
+    def _resume(self, stream: Stream) -> None:
+        if self.checkpoint_dir is None:
+            raise ArgumentError("there is nothing to resume from. Give the trainer the checkpoint_dir of the run.")
+        tensors, data, folder = load_state(self.checkpoint_dir)
+        recorded = data["configs"]
+        facts: dict[str, InputFacts] = {}
+        for i, (config, run_data) in enumerate(zip(self.configs, data["runs"], strict=False)):
+            center, variance = (tensors[f"runs.{i}.facts.{name}"].to(self.device) for name in ("center", "variance"))
+            facts[config.site] = InputFacts(run_data["scale"], center, variance)
+        if len(recorded) == len(self.configs):
+            self.runs = self._make_runs(facts)
+        settings = [resolved_settings(run.config, run.k_aux) for run in self.runs]
+        if json.loads(json.dumps(settings)) != recorded:
+            raise ArgumentError(
+                f"{folder} belongs to another run: its SAEs were configured otherwise. Resume with the settings that the "
+                "run was started with, or start anew in another folder."
+            )
+        for i, (run, run_data) in enumerate(zip(self.runs, data["runs"], strict=True)):
+            prefix = f"runs.{i}."
+            run.load_state({k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}, run_data)
+        self.steps = data["steps"]
+        stream.load_state(tensors, data["stream"], self.steps * self.batch_tokens)
+        if self.log_file is not None:
+            _drop_lines_after(self.log_file, self.steps)
+
+    def _patiently(self, write: Callable[[], Any], bar: tqdm | None = None) -> Any:
+        """Do a write; while the disk is full wait, say so once, and try again. `stop` ends the waiting."""
+        said = False
+        while True:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in DISK_FULL or self._stop.is_set():
+                    raise
+                if not said:
+                    message = f"{error} Training pauses and goes on when there is room; nothing is lost."
+                    if bar is not None:
+                        bar.write(message, file=sys.stderr)
+                    else:
+                        warnings.warn(message, UserWarning, stacklevel=3)
+                    said = True
+            self._stop.wait(RETRY_SECONDS)
+
+    # --- after the last step ------------------------------------------------------------------------------------------
+
+    def _calibrate(self, stream: Stream, saes: list[SAE]) -> None:
+        """Thresholds and statistics from the tokens that follow the training tokens."""
+        wanted = [config.calibration_tokens for config in self.configs]
+        calibrators = [Calibrator(sae, tokens) for sae, tokens in zip(saes, wanted, strict=True)]
+        left = max(wanted)
+        while left > 0 and (n := stream.available(min(left, self.batch_tokens))) > 0:
+            batch = stream.take(n)
+            for calibrator, config in zip(calibrators, self.configs, strict=True):
+                calibrator.update(batch[config.site])
+            left -= n
+        for calibrator, tokens in zip(calibrators, wanted, strict=True):
+            running_mean = None if calibrator.sae.threshold is None else float(calibrator.sae.threshold.detach()[0])
+            record_calibration(calibrator.sae, calibrator.finish(), tokens, running_mean)
+
+
+def record_calibration(sae: SAE, result: Calibration, wanted: int, running_mean: float | None) -> None:
+    """Put what the calibration found into `sae.metadata`; warn where a threshold could not be calibrated."""
+    sae.metadata["calibration"] = {"tokens": result.tokens, "wanted_tokens": wanted, "l0": result.l0}
+    if not isinstance(sae.config.activation, BatchTopK):
+        return
+    sae.metadata["threshold"] = {
+        "source": "calibrated" if result.tokens else "running_mean",
+        "running_mean": running_mean,
+        "running_mean_l0": result.l0_before,
+        "calibrated": float(sae.threshold.detach()[0]) if result.tokens else None,
+        "calibrated_l0": result.l0,
+    }
+    if result.tokens == 0:
+        warnings.warn(
+            f"no fresh tokens were left to calibrate the threshold of the BatchTopK at {sae.site}; it is the running "
+            f"mean of the training batches. Let the activations go on for {wanted:,} tokens after training.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _append(file: Path, text: str) -> None:
+    """Append to a file, all of it or nothing."""
+    data = text.encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab", buffering=0) as stream:  # a buffer would be written again when the file is closed
+        end = stream.tell()
+        try:
+            while data:
+                data = data[stream.write(data) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                stream.truncate(end)
+            raise FileError(error.errno, f"cannot write {file}: {error.strerror}.") from error
+
+
+def _drop_lines_after(file: Path, step: int) -> None:
+    """Take the lines of later steps out of a log: the steps will be taken again."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # cut off by a kill
+            continue
+    atomic_write(file, "".join(line + "\n" for line in kept))

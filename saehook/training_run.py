@@ -1,0 +1,228 @@
+"""A whole training run: text → activations → SAEs → evaluation → files and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saehook.activation_cache import ActivationCache, cache_key, lm_pass, weights_fingerprint
+from saehook.checkpoint import save_sae
+from saehook.config import TrainConfig
+from saehook.corpus import Document
+from saehook.errors import ArgumentError
+from saehook.evaluation import MASK_RULE, EvalResult, evaluate
+from saehook.files import atomic_write
+from saehook.harvest import Shuffled, TextStream, activations_of
+from saehook.hooked_model import HookedModel
+from saehook.reports import write_report
+from saehook.run_state import checkpoints
+from saehook.sae import SAE
+from saehook.tokenization import Windows, tokenizer_sha256, window_size
+from saehook.trainer import CHECKPOINT_SECONDS, METRICS, Trainer, sae_name
+
+FINGERPRINT_TOKENS = 256
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints, below its `out`."""
+
+
+@dataclass
+class TrainedSAE:
+    """One finished SAE."""
+
+    sae: SAE
+    folder: Path
+    """Where it was written."""
+
+
+@dataclass
+class TrainingRun:
+    """What a run gives back."""
+
+    saes: list[TrainedSAE]
+    evaluation: EvalResult | None = None
+    """On held-out text, measured on the stored files; None where no text was given for it."""
+
+
+def train_saes(
+    model: HookedModel,
+    configs: Sequence[TrainConfig],
+    documents: Sequence[Document],
+    out: Path,
+    *,
+    held_out: Windows | None = None,
+    repeat: bool = False,
+    dtype: torch.dtype | None = None,
+    cache: Path | None = None,
+    progress: bool = True,
+    resume: bool = False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> TrainingRun:
+    """Train SAEs on text in one pass of the language model and write each into a folder of its own below `out`.
+
+    SIGINT and SIGTERM let the step end, write a checkpoint below `out/checkpoints` and raise TrainingInterrupted; the
+    checkpoints go away when the SAEs are written.
+
+    Args:
+        documents: the training text; read in an order shuffled by the first config's seed.
+        held_out: windows to evaluate on; the result goes into every file and into `out/eval.json`.
+        repeat: begin again when the text ends before `tokens`; else training ends there, and says so.
+        dtype: of the stored weights; None: float32.
+        cache: folder for the activations, in bfloat16 (2 bytes x width x tokens a site): another run on the same text, LM
+            and first seed needs no pass of the LM.
+        resume: go on from the newest checkpoint in `out`; everything else must be as it was.
+
+    Raises:
+        ArgumentError: no config, two that would be written to the same folder, or an `out` that holds an unfinished run;
+            with `resume`, other settings or text.
+        TrainingInterrupted: a signal.
+        SiteError: a site that the model does not have. Nothing is trained then.
+    """
+    if not configs:
+        raise ArgumentError("there is nothing to train. Give at least one TrainConfig.")
+    sites = {config.site: model.sites(config.site) for config in configs}
+    for name, found in sites.items():
+        if len(found) != 1:
+            raise ArgumentError(f"{name!r} names {len(found)} sites; a TrainConfig has exactly one.")
+    widths = {name: model.width(found[0]) for name, found in sites.items()}
+    folders = [out / _folder(config, configs) for config in configs]
+    if len(set(folders)) < len(folders):
+        raise ArgumentError("two configs have the same site, activation and size. Change one, or train them apart.")
+    if not resume:
+        check_unused(out)
+    out.mkdir(parents=True, exist_ok=True)
+    seed = configs[0].seed
+
+    def from_the_start() -> TextStream:
+        return TextStream(documents, model.tokenizer, window_size(model.context), repeat=repeat, seed=seed)
+
+    text = from_the_start()
+    lm = {
+        "id": model.name,
+        "revision": getattr(model.lm.config, "_commit_hash", None),
+        "tokenizer_sha256": tokenizer_sha256(model.tokenizer),
+    }
+    if cache is None:
+        chunks = activations_of(model, list(widths), text)
+    else:
+        common: dict[str, Any] = {
+            "lm": model.name,
+            "revision": lm["revision"],
+            "weights": weights_fingerprint(model.lm),
+            "text_sha256": text.sha256,
+            "order": f"seed {seed}, {'repeated' if repeat else 'once'}",
+            "tokenizer_sha256": lm["tokenizer_sha256"],
+            "window": text.window,
+            "mask_rule": MASK_RULE,
+        }
+        cached = ActivationCache(cache, {site: cache_key(site=site, **common) for site in widths})
+        chunks = cached.chunks(lm_pass(model, list(widths), from_the_start), device=model.device)
+    batches = Shuffled(
+        chunks,
+        buffer_tokens=max(config.resolved_buffer_tokens for config in configs),
+        batch_tokens=configs[0].resolved_batch_tokens,
+        seed=seed,
+        text=text if cache is None else None,  # a cache is read again up to the place where a run was stopped
+    )
+    trainer = Trainer(
+        configs,
+        batches,
+        d_in=widths,
+        device=str(model.device),
+        log_dir=out,
+        checkpoint_dir=out / CHECKPOINTS,
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+    )
+    if not resume:
+        (out / METRICS).unlink(missing_ok=True)
+    with stopped_by_signals(trainer):
+        saes = trainer.fit(resume=resume)
+    read = {"windows_read": text.served, "passes": text.passes + 1} if cache is None else {"cached": True}
+    source = {
+        "lm": lm,
+        "text": {"sha256": text.sha256, "documents": len(documents), "window": text.window, **read},
+        "mask_rule": MASK_RULE,
+    }
+    sample = held_out.ids[0] if held_out is not None else next(TextStream(documents, model.tokenizer, text.window))
+    trained = []
+    for sae, folder in zip(saes, folders, strict=True):
+        assert sae.site is not None
+        sae.metadata |= copy.deepcopy(source)
+        stored = sae.to(dtype) if dtype is not None else sae
+        stored = stored.to(torch.float32)  # what a reader of the file gets
+        stored.metadata["fingerprint"] = model.fingerprint(sae.site, stored, sample[:FINGERPRINT_TOKENS])
+        save_sae(stored, folder, dtype=dtype)
+        trained.append(TrainedSAE(stored, folder))
+    evaluation = None if held_out is None else _evaluate(model, trained, held_out, out, dtype, progress)
+    write_report(out)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    return TrainingRun(trained, evaluation)
+
+
+def check_unused(out: Path) -> None:
+    """Raises ArgumentError where `out` holds a run that was stopped and could be resumed."""
+    if found := checkpoints(out / CHECKPOINTS):
+        raise ArgumentError(
+            f"{out} holds a run that was stopped ({found[-1].name}). Resume it (`saehook train --resume {out}`, resume=True), "
+            f"or remove {out / CHECKPOINTS} to start anew."
+        )
+
+
+@contextlib.contextmanager
+def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
+    """SIGINT and SIGTERM stop the trainer after its step; a second one acts as it always does. Main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: object) -> None:
+        trainer.stop()
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _folder(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
+    """The site, and more where several configs share it."""
+    name = config.site.replace(":", ".")
+    if sum(other.site == config.site for other in configs) == 1:
+        return name
+    return f"{name}-{sae_name(config).removeprefix(config.site + '-')}-seed{config.seed}"
+
+
+def _evaluate(
+    model: HookedModel, trained: list[TrainedSAE], held_out: Windows, out: Path, dtype: Any, progress: bool
+) -> EvalResult:
+    """Evaluate, one SAE per site at a time, and note each row in its file."""
+    by_site: dict[str, list[TrainedSAE]] = {}
+    for one in trained:
+        by_site.setdefault(str(one.sae.site), []).append(one)
+    rounds = [[ones[i] for ones in by_site.values() if i < len(ones)] for i in range(max(map(len, by_site.values())))]
+    results: list[EvalResult] = []
+    for group in rounds:
+        hooked = model.attach({str(one.sae.site): one.sae for one in group})
+        names = {str(one.sae.site): one.folder.name for one in group}
+        try:
+            results.append(evaluate(hooked, held_out, names=names, progress=progress))
+        finally:
+            hooked.detach()
+        for one, row in zip(group, results[-1].results, strict=False):
+            one.sae.metadata["evaluation"] = vars(row) | {"text_sha256": held_out.text_sha256}
+            save_sae(one.sae, one.folder, dtype=dtype)
+    result = EvalResult([row for r in results for row in r.results], results[0].provenance)
+    atomic_write(out / "eval.json", result.to_json() + "\n")
+    return result

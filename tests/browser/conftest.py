@@ -1,0 +1,61 @@
+"""A real browser (Debian's chromium) on a page with the tiny model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+from app_fixtures import collect_loops, free_port, tiny
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+
+
+@pytest.fixture(scope="session")
+def url() -> Iterator[str]:
+    from saehook.app import Limits, serve
+
+    app = serve(tiny(), port=free_port(), limits=Limits(new_tokens=400), block=False, quiet=True)
+    assert app.local_url
+    yield app.local_url
+    app.close()
+    collect_loops()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    assert chromium, "these tests need Debian's chromium: apt-get install chromium fonts-dejavu-core"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, url) -> Iterator[Callable]:
+    """`visit(query)` opens the page for one more visitor. In the end no page may have had an error or asked elsewhere."""
+    contexts, outside, errors = [], [], []
+
+    def open_page(query: str = "?__theme=light"):
+        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else outside.append(r.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(url + query)
+        page.locator("#strip .token").first.wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not outside, "the page asked another server"
+    assert not errors

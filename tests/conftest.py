@@ -1,0 +1,34 @@
+"""Fixtures that every test file may use."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from builders import build_lm, byte_tokenizer
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def models_by_name() -> Callable[[str], Any]:
+    """name -> (HookedModel, an untouched torch model with the same weights), made once for each name."""
+    from saehook.hooked_model import HookedModel
+
+    @functools.cache
+    def pair(name: str) -> tuple[Any, Any]:
+        return HookedModel(build_lm(name), byte_tokenizer()), build_lm(name)
+
+    return pair
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> Iterator[None]:
+    """Each test starts from the same random state and leaves the others alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,176 @@
+"""The commands, run as a user runs them: on the bundled files, and on a model and SAE of one's own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import build_lm, byte_tokenizer
+
+import saehook
+from saehook import Program, steer
+from saehook.cli import main
+
+WORDS = "the cat sees a red house and the dog runs under the tree . " * 200
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> dict[str, Path]:
+    """A model of one's own, text, and an SAE trained on them by the command."""
+    folder = tmp_path_factory.mktemp("own")
+    lm = folder / "lm"
+    build_lm("gpt2").save_pretrained(lm)
+    byte_tokenizer().save_pretrained(lm)
+    text = folder / "text.txt"
+    text.write_text(WORDS)
+    command = (
+        f"train --lm {lm} --site layers.1.resid_post --activation topk --k 4 --d-sae 64 --tokens 6k --text {text} "
+        f"--out {folder / 'out'} --eval-text {text} --eval-tokens 1k --calibration-tokens 1k --seed 3"
+    )
+    assert main(command.split()) == 0
+    return {"lm": lm, "text": text, "sae": folder / "out" / "layers.1.resid_post", "out": folder / "out"}
+
+
+def test_train_writes_one_folder_per_site(own):
+    assert (own["out"] / "eval.json").exists()
+    sae = saehook.load_sae(own["sae"])
+    assert (sae.d_in, sae.d_sae, sae.site) == (32, 64, "layers.1.resid_post")
+    assert sae.metadata["training"]["tokens"] == 6000
+    assert sae.metadata["training"]["seed"] == 3
+
+
+def test_eval_prints_a_table_and_writes_json(own, tmp_path, capsys):
+    command = f"eval --lm {own['lm']} --sae {own['sae']} --text {own['text']} --tokens 2k --json {tmp_path / 'e.json'}"
+    assert main(command.split()) == 0
+    data = json.loads((tmp_path / "e.json").read_text())
+    (row,) = data["results"]
+    assert row["site"] == "layers.1.resid_post"
+    assert row["tokens"] >= 2000
+    assert row["delta_ce"] == row["ce_spliced"] - row["ce_clean"]
+    assert f"{row['delta_ce']:.3f}" in capsys.readouterr().out
+
+
+def test_generate_equals_python_and_takes_a_program(own, tmp_path, capsys):
+    program = tmp_path / "program.json"
+    edits = [steer(5, 30.0), saehook.clamp(7, 10.0, where=saehook.prompt())]
+    program.write_text(Program(edits=edits).to_json())
+    base = f"generate --lm {own['lm']} --sae {own['sae']} --max-new-tokens 12"
+    assert main([*base.split(), "the cat", "--edits", str(program), "--json", str(tmp_path / "g.json")]) == 0
+    from_file = json.loads((tmp_path / "g.json").read_text())
+    model = saehook.HookedModel.from_pretrained(own["lm"])
+    hooked = model.attach(saehook.load_sae(own["sae"]))
+    expected = hooked.generate("the cat", edits=edits, max_new_tokens=12)
+    assert from_file["new_ids"] == expected.new_ids.tolist()
+    assert from_file["edits"][0]["tokens"] == expected.report.edits[0].tokens
+    capsys.readouterr()
+    options = ["the cat", "--steer", "5=30", "--json", str(tmp_path / "o.json")]
+    assert main([*base.split(), *options]) == 0
+    alone = hooked.generate("the cat", edits=[steer(5, 30.0)], max_new_tokens=12)
+    assert json.loads((tmp_path / "o.json").read_text())["new_ids"] == alone.new_ids.tolist()
+    assert "‖Δ‖/‖x‖" in capsys.readouterr().err
+
+
+def test_an_edit_without_effect_is_noted(own, capsys):
+    command = f"generate --lm {own['lm']} --sae {own['sae']} --max-new-tokens 1 --where generation --steer 5=3 abc"
+    assert main(command.split()) == 0
+    assert "selected no token" in capsys.readouterr().err
+
+
+def test_stats_renews_the_maxima(own, capsys):
+    before = saehook.load_sae(own["sae"])
+    assert main(f"stats {own['sae']} --lm {own['lm']} --text {own['text']} --tokens 3k".split()) == 0
+    after = saehook.load_sae(own["sae"])
+    assert before.stats is not None
+    assert after.stats is not None
+    assert after.stats.tokens >= 3000
+    assert after.stats.tokens != before.stats.tokens
+    assert torch.equal(before.W_enc, after.W_enc)
+    assert after.metadata == before.metadata
+    assert "latents fired" in capsys.readouterr().out
+
+
+def test_sites_lists_names_widths_and_paths(own, tmp_path, capsys):
+    assert main(f"sites --lm {own['lm']} layers.1.* --json {tmp_path / 's.json'}".split()) == 0
+    out = capsys.readouterr().out
+    assert "layers.1.resid_mid" in out
+    assert "transformer.h.1.mlp:output" in out
+    assert {site["width"] for site in json.loads((tmp_path / "s.json").read_text())} == {32, 48}
+
+
+def test_demo_without_arguments_prints_the_table_of_the_bundled_files(capsys, tmp_path):
+    assert main(["demo", "--no-serve", "--tokens", "1k", "--json", str(tmp_path / "d.json")]) == 0
+    rows = json.loads((tmp_path / "d.json").read_text())["results"]
+    assert [row["sae"] for row in rows] == ["sae", "sae-mlp", "all"]
+    assert "recovered" in capsys.readouterr().out
+
+
+def test_generate_and_sites_work_without_arguments(capsys):
+    assert main(["generate", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("def load(path):\n")
+    assert main(["sites"]) == 0
+    assert "layers.5.resid_post" in capsys.readouterr().out
+
+
+MISTAKES = [
+    ("eval --lm {lm} --sae {lm}", "no cfg.json"),
+    ("eval --lm {lm} --sae {text}", "a file, not a folder"),
+    ("eval --lm {lm} --sae /nowhere", "not there"),
+    ("eval --lm {lm}", "--sae DIR"),
+    ("eval --lm {out} --sae {sae}", "no config.json"),
+    ("eval --lm {lm} --sae {sae} --text /nowhere.txt", "nowhere.txt"),
+    ("eval --sae {sae}", "width 32"),
+    ("train --lm {lm} --site layers.7.resid_post --text {text}", "Did you mean"),
+    ("train --lm {lm} --text {text} --k 99999 --tokens 1k", "more latents than d_sae"),
+    ("generate --lm {lm} --sae {sae} --max-new-tokens 4 --steer 9999=1 abc", "0..63"),
+    ("generate --lm {lm} --sae {sae} --steer 3=much abc", "not understood"),
+    ("generate --lm {lm} --sae {sae} --steer 3=nan abc", "finite"),
+    ("generate --lm {lm} --sae {sae} --edits /nowhere.json abc", "nowhere.json"),
+    ("generate --lm {lm} --sae {sae} --max-new-tokens 900 abc", "64 tokens the model takes"),
+    ("sites --lm {lm} layers.9.x", "matches no site"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[m for _, m in MISTAKES])
+def test_a_mistake_is_said_and_is_exit_code_two(own, command, message, capsys):
+    assert main(command.format(**own).split()) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("text", ["many", "-5", "1.5", "2**-1", "nan", "inf"])
+def test_counts_that_are_none(text):
+    done = subprocess.run([sys.executable, "-m", "saehook", "eval", f"--tokens={text}"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is not a count" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "eval", "train", "generate", "stats", "sites"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"saehook {command}" in capsys.readouterr().out
+
+
+def test_a_sweep_from_a_file(own, tmp_path, capsys):
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"lm: {own['lm']}\ntext: {own['text']}\neval_tokens: 0\nsite: layers.1.resid_post\nactivation: [topk, jumprelu]\n"
+        "k: 4\nd_sae: 64\ntokens: 4k\ncalibration_tokens: 500\nbuffer_tokens: 2k\n"
+    )
+    assert main(["train", "--config", str(sweep), "--seed", "3", "--out", str(tmp_path / "out")]) == 0
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert folders == ["layers.1.resid_post-jumprelu4-64-seed3", "layers.1.resid_post-topk4-64-seed3"]
+    assert "report in" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").exists()
+    for wrong, said in (
+        (["--config", str(sweep), "--activation", "relu", "--bandwidth", "1"], "no meaning for relu"),
+        (["--resume", str(tmp_path / "out"), "--k", "4"], "--k cannot be given with --resume"),
+        (["--resume", str(tmp_path)], "holds no run to resume"),
+        (["--resume", str(tmp_path / "out")], "no checkpoint to resume from"),
+    ):
+        assert main(["train", *wrong]) == 2
+        assert said in capsys.readouterr().err

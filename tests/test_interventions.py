@@ -1,0 +1,429 @@
+"""Edits and programs as data: what is accepted, what an error says, and the JSON form."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import saehook
+from saehook.errors import ArgumentError, FormatError, LatentError
+from saehook.interventions import (
+    ERRORS,
+    EVERYWHERE,
+    OPS,
+    UNITS,
+    Edit,
+    Program,
+    Where,
+    ablate,
+    clamp,
+    generation,
+    prompt,
+    scale,
+    set_,
+    steer,
+    tokens,
+)
+
+# --- making edits ----------------------------------------------------------------------------------------------------
+
+
+def test_the_functions_make_the_edits_that_they_name():
+    assert steer(3, 2) == Edit(op="add", latents=(3,), value=2.0)
+    assert steer([3, 4], 0.5, unit="max", site="layers.1.mlp_out") == Edit(
+        op="add", latents=(3, 4), value=0.5, unit="max", site="layers.1.mlp_out"
+    )
+    assert clamp(3, -1.0, unit="norm", where=prompt()) == Edit(
+        op="set", latents=(3,), value=-1.0, unit="norm", where=Where(generation=False)
+    )
+    assert scale(range(3), 0.0) == Edit(op="scale", latents=(0, 1, 2), value=0.0)
+    assert ablate((7,)) == Edit(op="ablate", latents=(7,))
+    assert steer(3, 1.0, where=None).where == EVERYWHERE
+
+
+def test_set_is_clamp():
+    assert set_ is clamp
+    assert saehook.set_ is saehook.clamp
+
+
+def test_edits_are_frozen_and_hashable():
+    edit = steer(3, 1.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        edit.value = 2.0  # type: ignore[misc]
+    assert len({edit, steer(3, 1), ablate(3), Program(edits=(edit,)), tokens(0)}) == 4
+    latents = [1, 2]
+    edit = ablate(latents)
+    latents.append(3)
+    assert edit.latents == (1, 2)
+
+
+def test_numbers_of_other_libraries_are_latents_too():
+    import numpy as np
+    import torch
+
+    given: list[Any] = [np.array([3, 4]), torch.tensor([3, 4]), [np.int64(3), 4], {3: 1, 4: 1}]
+    for latents in given:
+        assert ablate(latents).latents == (3, 4)
+        assert all(type(i) is int for i in ablate(latents).latents)
+    one: Any = np.int64(3)
+    assert ablate(one).latents == (3,)
+    assert type(steer(3, np.float64(2)).value) is float
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "match"),
+    [
+        ({"op": "multiply"}, ArgumentError, "'multiply'; expected one of set, add, scale, ablate"),
+        ({"op": None}, ArgumentError, "None"),
+        ({"op": ["add"]}, ArgumentError, "add"),
+        ({"latents": ()}, ArgumentError, "names no latent"),
+        ({"latents": (3, 4, 3)}, ArgumentError, r"twice: \(3, 4, 3\)"),
+        ({"latents": (3, -1)}, LatentError, "-1 is negative"),
+        ({"latents": (3.0,)}, ArgumentError, "3.0 among the latents is no whole number"),
+        ({"latents": ("3",)}, ArgumentError, "'3' among the latents"),
+        ({"latents": (True,)}, ArgumentError, "True among the latents"),
+        ({"latents": "34"}, ArgumentError, "'34'"),
+        ({"latents": None}, ArgumentError, "None"),
+        ({"latents": 3}, ArgumentError, "latents are 3"),
+        ({"value": None}, ArgumentError, "None; a finite number"),
+        ({"value": float("nan")}, ArgumentError, "nan; a finite number"),
+        ({"value": float("-inf")}, ArgumentError, "-inf; a finite number"),
+        ({"value": "2"}, ArgumentError, "'2'; a finite number"),
+        ({"value": True}, ArgumentError, "True; a finite number"),
+        ({"value": 10**40}, ArgumentError, "a finite number"),
+        ({"value": 1e39}, ArgumentError, "1e\\+39"),
+        ({"value": 2j}, ArgumentError, "2j"),
+        ({"unit": "percent"}, ArgumentError, "'percent'; expected one of raw, max, norm"),
+        ({"unit": None}, ArgumentError, "None"),
+        ({"op": "scale", "unit": "max"}, ArgumentError, "'scale' has no unit, but unit='max'"),
+        ({"op": "ablate", "value": None, "unit": "norm"}, ArgumentError, "'ablate' has no unit"),
+        ({"op": "ablate", "value": 0.0}, ArgumentError, "'ablate' takes no value, but 0.0"),
+        ({"where": None}, ArgumentError, "where=None is no Where"),
+        ({"where": "prompt"}, ArgumentError, "where='prompt'"),
+        ({"where": prompt}, ArgumentError, "is no Where"),
+        ({"site": 3}, ArgumentError, "site=3"),
+    ],
+)
+def test_an_edit_that_cannot_be_meant(fields, error, match):
+    with pytest.raises(error, match=match):
+        Edit(**{"op": "add", "latents": (3,), "value": 1.0, **fields})
+
+
+@pytest.mark.parametrize("make", [lambda: steer("3", 1.0), lambda: ablate([[1, 2]]), lambda: ablate(None)])  # type: ignore[arg-type]
+def test_latents_that_are_none(make):
+    with pytest.raises(ArgumentError, match="no whole number"):
+        make()
+
+
+# --- where -----------------------------------------------------------------------------------------------------------
+
+
+def test_where_objects():
+    assert Where() == EVERYWHERE
+    assert (prompt().prompt, prompt().generation, prompt().tokens) == (True, False, None)
+    assert (generation().prompt, generation().generation) == (False, True)
+    assert tokens(0, 3, -1).tokens == (0, 3, -1)
+    assert Where(tokens=[1, 2]).tokens == (1, 2)  # type: ignore[arg-type]
+    assert [str(w) for w in (EVERYWHERE, prompt(), generation(), tokens(0, -1))] == [
+        "every token",
+        "prompt",
+        "generation",
+        "tokens 0, -1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: tokens(), "names no token"),
+        (lambda: Where(tokens=()), "names no token|touches nothing"),
+        (lambda: Where(prompt=False, generation=False), "touches nothing"),
+        (lambda: tokens(1.5), "1.5 among the tokens"),  # type: ignore[arg-type]
+        (lambda: tokens("last"), "'last' among the tokens"),  # type: ignore[arg-type]
+        (lambda: tokens(True), "True among the tokens"),
+        (lambda: tokens([0, 1]), r"\[0, 1\] among the tokens"),  # type: ignore[arg-type]
+        (lambda: Where(tokens="01"), "'01'"),  # type: ignore[arg-type]
+        (lambda: Where(tokens=3), "3"),  # type: ignore[arg-type]
+        (lambda: Where(prompt="yes"), "prompt='yes'|prompt is 'yes'"),  # type: ignore[arg-type]
+        (lambda: Where(generation=1), "generation=1|generation is 1"),  # type: ignore[arg-type]
+        (lambda: Where(prompt=False, tokens=(0,)), "alone"),
+    ],
+)
+def test_a_where_that_cannot_be_meant(make, match):
+    with pytest.raises(ArgumentError, match=match):
+        make()
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+
+def test_programs():
+    program = Program(edits=[steer(3, 1.0)])  # type: ignore[arg-type]
+    assert program.edits == (steer(3, 1.0),)
+    assert not program.drops_error
+    assert Program(error="drop").drops_error
+    assert Program(splice=True).drops_error
+    assert Program(splice=True, error="drop").drops_error
+    assert not Program(error="keep").drops_error
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"edits": (3,)}, "3 is no edit"),
+        ({"edits": (None,)}, "None is no edit"),
+        ({"error": "half"}, "'half' is unknown; expected 'keep' or 'drop'"),
+        ({"error": False}, "False"),
+        ({"splice": True, "error": "keep"}, "splice=True .* error='keep'"),
+        ({"splice": "yes"}, "splice"),
+    ],
+)
+def test_a_program_that_cannot_be_meant(fields, match):
+    with pytest.raises(ArgumentError, match=match):
+        Program(**fields)
+
+
+def test_edits_read_as_a_sentence():
+    assert str(steer(3, 0.5, unit="max", where=prompt())) == "add 3 0.5 max (prompt)"
+    assert str(ablate((3, 4), site="layers.1.mlp_out")) == "ablate 3, 4 at layers.1.mlp_out (every token)"
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+wheres = st.one_of(
+    st.sampled_from([EVERYWHERE, prompt(), generation()]),
+    st.lists(st.integers(-9, 9), min_size=1, max_size=4).map(lambda t: Where(tokens=tuple(t))),
+)
+
+
+@st.composite
+def edits(draw: st.DrawFn) -> Edit:
+    op = draw(st.sampled_from(OPS))
+    return Edit(
+        op=op,
+        latents=tuple(draw(st.lists(st.integers(0, 2**40), min_size=1, max_size=4, unique=True))),
+        value=None if op == "ablate" else draw(finite),
+        unit=draw(st.sampled_from(UNITS)) if op in {"set", "add"} else "raw",
+        site=draw(st.none() | st.text(max_size=20)),
+        where=draw(wheres),
+    )
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Program:
+    splice = draw(st.booleans())
+    error = draw(st.sampled_from([None, *ERRORS]).filter(lambda e: not (splice and e == "keep")))
+    return Program(edits=tuple(draw(st.lists(edits(), max_size=4))), splice=splice, error=error)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(programs())
+def test_json_gives_the_program_back(program):
+    text = program.to_json()
+    again = Program.from_json(text)
+    assert again == program
+    assert again.to_json() == text
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_the_json_form():
+    program = Program(
+        edits=(steer(3, 1.5, unit="max", where=tokens(0, -1)), ablate((4, 5), site="layers.1.mlp_out", where=prompt()))
+    )
+    assert json.loads(program.to_json()) == {
+        "schema": 1,
+        "edits": [
+            {"op": "add", "latents": [3], "value": 1.5, "unit": "max", "where": {"tokens": [0, -1]}},
+            {
+                "op": "ablate",
+                "latents": [4, 5],
+                "site": "layers.1.mlp_out",
+                "where": {"prompt": True, "generation": False},
+            },
+        ],
+        "splice": False,
+        "error": None,
+    }
+    assert Program.from_json('{"schema": 1, "edits": []}') == Program()
+
+
+BASE: dict[str, Any] = json.loads(
+    Program(
+        edits=(
+            steer((3, 4), 1.5, unit="max", where=tokens(0, -1)),
+            ablate(5, site="layers.1.mlp_out", where=generation()),
+            scale(6, 0.5),
+        ),
+        error="drop",
+    ).to_json()
+)
+
+
+def changed(path: list[str | int], value: Any) -> str:
+    data = copy.deepcopy(BASE)
+    place: Any = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "match"),
+    [
+        (["schema"], 2, "schema is 2"),
+        (["schema"], "1", "schema is '1'"),
+        (["color"], "red", r"unknown fields \['color'\]"),
+        (["edits"], {}, "program.edits is"),
+        (["edits"], None, "program.edits is None"),
+        (["edits", 0], "steer", r"edits\[0\] is 'steer'"),
+        (["edits", 0, "colour"], 1, r"edits\[0\] has unknown fields \['colour'\]"),
+        (["edits", 1, "op"], "delete", r"edits\[1\].*'delete'"),
+        (["edits", 1, "op"], 3, r"edits\[1\]\.op is 3"),
+        (["edits", 0, "latents"], [-3], r"edits\[0\].*-3"),
+        (["edits", 0, "latents"], [1.5], r"edits\[0\].*1.5"),
+        (["edits", 0, "latents"], 3, r"edits\[0\].*3"),
+        (["edits", 0, "value"], float("nan"), r"edits\[0\].*nan"),
+        (["edits", 0, "value"], float("inf"), r"edits\[0\].*inf"),
+        (["edits", 0, "value"], "1", r"edits\[0\].*'1'"),
+        (["edits", 0, "value"], None, r"edits\[0\].*None"),
+        (["edits", 0, "value"], 10**40, r"edits\[0\].*finite"),
+        (["edits", 0, "unit"], "feet", r"edits\[0\].*'feet'"),
+        (["edits", 0, "unit"], [], r"edits\[0\]\.unit is \[\]"),
+        (["edits", 1, "site"], 3, r"edits\[1\]\.site is 3"),
+        (["edits", 0, "where"], {"tokens": [0], "prompt": True}, r"edits\[0\]\.where names tokens and more"),
+        (["edits", 0, "where"], {"tokens": []}, r"edits\[0\].*names no token"),
+        (["edits", 0, "where"], {"rows": [0]}, r"edits\[0\]\.where has unknown fields"),
+        (["edits", 0, "where"], {"prompt": "yes"}, r"edits\[0\]\.where\.prompt is 'yes'"),
+        (["edits", 0, "where"], {"prompt": False, "generation": False}, r"edits\[0\].*touches nothing"),
+        (["edits", 0, "where"], None, r"edits\[0\]\.where is None"),
+        (["splice"], 1, "program.splice is 1"),
+        (["splice"], None, "program.splice is None"),
+        (["error"], "half", "'half'"),
+        (["error"], ["drop"], "drop"),
+    ],
+)
+def test_a_program_file_that_is_wrong_names_the_field(path, value, match):
+    with pytest.raises(FormatError, match=match):
+        Program.from_json(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '"text"', "{'schema': 1}", '{"schema": 1}', "[" * 100_000, "\ud800", "NaN"]
+)
+def test_a_text_that_is_no_program(text):
+    with pytest.raises(FormatError, match="program"):
+        Program.from_json(text)
+
+
+def test_contradicting_fields_in_a_file():
+    with pytest.raises(FormatError, match="splice=True"):
+        Program.from_json('{"schema": 1, "edits": [], "splice": true, "error": "keep"}')
+
+
+JUNK: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2**70,
+    10**400,
+    1.5,
+    float("nan"),
+    float("inf"),
+    1e300,
+    "",
+    "add",
+    "max",
+    "layers.0.mlp_out",
+    [],
+    [0],
+    [0, 0],
+    ["x"],
+    [[0]],
+    {},
+    {"tokens": [1]},
+    {"prompt": False},
+    {"op": "add"},
+]
+
+
+def mutate(data: Any, rng: random.Random) -> None:
+    """Change one place of the data, somewhere."""
+    while True:
+        keys = list(data) if isinstance(data, dict) else list(range(len(data)))
+        if not keys:
+            return
+        key = rng.choice(keys)
+        if isinstance(data[key], (dict, list)) and data[key] and rng.random() < 0.7:
+            data = data[key]
+            continue
+        match rng.randrange(4):
+            case 0:
+                data[key] = copy.deepcopy(rng.choice(JUNK))
+            case 1:
+                del data[key]
+            case 2 if isinstance(data, dict):
+                data[rng.choice(["op", "value", "unit", "site", "where", "extra", "tokens"])] = copy.deepcopy(
+                    rng.choice(JUNK)
+                )
+            case _ if isinstance(data, list):
+                data.append(copy.deepcopy(rng.choice(JUNK)))
+            case _:
+                data[key] = copy.deepcopy(rng.choice(JUNK))
+        return
+
+
+def test_mutated_programs_are_read_or_refused():
+    rng = random.Random(0)
+    accepted = refused = 0
+    for _ in range(600):
+        data = copy.deepcopy(BASE)
+        for _ in range(rng.randint(1, 3)):
+            mutate(data, rng)
+        text = json.dumps(data)
+        try:
+            program = Program.from_json(text)
+        except FormatError:
+            refused += 1
+        else:
+            assert Program.from_json(program.to_json()) == program
+            accepted += 1
+    assert accepted > 20
+    assert refused > 200
+
+
+def test_damaged_text_is_read_or_refused():
+    rng = random.Random(1)
+    text = json.dumps(BASE)
+    for _ in range(400):
+        cut = list(text)
+        for _ in range(rng.randint(1, 3)):
+            position = rng.randrange(len(cut))
+            match rng.randrange(3):
+                case 0:
+                    cut[position] = chr(rng.randrange(32, 0x250))
+                case 1:
+                    del cut[position]
+                case _:
+                    cut.insert(position, rng.choice('{}[],:"0-.eE'))
+        with contextlib.suppress(FormatError):
+            Program.from_json("".join(cut))
+
+
+def test_a_number_beyond_every_float_is_refused():
+    with pytest.raises(ArgumentError, match="finite number"):
+        steer(3, 10**400)
+    with pytest.raises(FormatError, match="finite number"):
+        Program.from_json(changed(["edits", 0, "value"], 10**400))
