@@ -1,9 +1,9 @@
 """Read and write SAEs on disk.
 
 The layout is SAELens' (version 6), so that the tools of the field open what we write: `cfg.json` and
-`sae_weights.safetensors` with `W_enc` [d_in, d_sae], `W_dec` [d_sae, d_in], `b_enc`, `b_dec` and, for jumprelu, `threshold`.
-A BatchTopK is written as the jumprelu that it is at inference; `metadata.saehook` remembers what it was. Beside them
-lies `stats.safetensors` with facts about each latent.
+`sae_weights.safetensors` with `W_enc` [d_in, d_sae], `W_dec` [d_sae, d_out], `b_enc`, `b_dec`, for jumprelu `threshold`,
+and for a skip transcoder `W_skip` [d_out, d_in]. A BatchTopK is written as the jumprelu that it is at inference;
+`metadata.saehook` remembers what it was. Beside them lies `stats.safetensors` with facts about each latent.
 
 Files are never unpickled. Names, shapes and dtypes are checked against `cfg.json` before a tensor is read.
 """
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saehook.config import (
+    Activation,
     BatchTopK,
     JumpReLU,
     ReLU,
@@ -64,13 +65,15 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
             "call sae.set_threshold(value)."
         )
     tensors = {name: getattr(sae, name).detach().to("cpu", dtype).contiguous() for name in _WEIGHTS}
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.detach().to("cpu", dtype).contiguous()
     if sae.threshold is not None:
         tensors["threshold"] = sae.threshold.detach().float().cpu().expand(sae.d_sae).contiguous()
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ArgumentError(f"{name} holds NaN or infinity in {dtype}; the SAE is not written.")
     config: dict[str, Any] = {
-        "architecture": _architecture(activation),
+        "architecture": _architecture(sae.config),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": names[dtype],
@@ -81,15 +84,19 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
     }
     if isinstance(activation, TopK):
         config |= {"k": activation.k, "rescale_acts_by_decoder_norm": False}
+    if sae.is_transcoder:
+        config["d_out"] = sae.d_out
     config["metadata"] = {
         **sae.metadata.get("saelens", {}),
         "sae_lens_version": SAELENS_VERSION,
         "training_architecture": activation_to_dict(activation)["name"],
         "hf_hook_name": sae.site,
+        **({"hf_hook_name_out": sae.site_out} if sae.is_transcoder else {}),
         "saehook": {
             "schema": SCHEMA,
             "activation": activation_to_dict(activation),
             "site": sae.site,
+            **({"site_out": sae.site_out} if sae.is_transcoder else {}),
             **{key: value for key, value in sae.metadata.items() if key != "saelens"},
         },
     }
@@ -111,16 +118,27 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
 
 _WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 _STATS = ("max_act", "density", "mean_act")
+_OURS = {"schema", "activation", "site", "site_out", "saelens"}
+"""What stands under `metadata.saehook` and is no metadata of the SAE."""
 
 
-def _architecture(activation: ReLU | TopK | BatchTopK | JumpReLU) -> str:
-    match activation:
-        case ReLU():
-            return "standard"
-        case TopK():
-            return "topk"
-        case BatchTopK() | JumpReLU():
-            return "jumprelu"
+_ARCHITECTURES: dict[str, type[Activation]] = {"standard": ReLU, "topk": TopK, "jumprelu": JumpReLU}
+_TRANSCODERS: dict[str, tuple[type[Activation], bool]] = {
+    "transcoder": (ReLU, False),
+    "skip_transcoder": (ReLU, True),
+    "jumprelu_transcoder": (JumpReLU, False),
+    "jumprelu_skip_transcoder": (JumpReLU, True),
+    "topk_transcoder": (TopK, False),
+    "topk_skip_transcoder": (TopK, True),
+}
+"""Inference rule and skip map by architecture. SAELens has no name for a TopK transcoder; the last two are ours."""
+
+
+def _architecture(config: SAEConfig) -> str:
+    kind = JumpReLU if isinstance(config.activation, BatchTopK) else type(config.activation)
+    if config.d_out is None:
+        return next(name for name, known in _ARCHITECTURES.items() if known is kind)
+    return next(name for name, known in _TRANSCODERS.items() if known == (kind, config.skip))
 
 
 def load_sae(path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> SAE:
@@ -145,23 +163,27 @@ def load_sae(path: str | Path, *, device: str | torch.device | None = None, dtyp
             f"{path / CONFIG} has schema {ours['schema']!r}; this version reads {SCHEMA}. Update saehook."
         )
     site = ours.get("site") or metadata.get("hf_hook_name")
-    if not isinstance(site, (str, type(None))):
-        raise FormatError(f"{path / CONFIG}: the recorded site is {site!r}; a string is expected.")
-    d_in, d_sae = config.d_in, config.d_sae
+    site_out = ours.get("site_out") or metadata.get("hf_hook_name_out") if config.d_out is not None else None
+    for found in (site, site_out):
+        if not isinstance(found, (str, type(None))):
+            raise FormatError(f"{path / CONFIG}: the recorded site is {found!r}; a string is expected.")
+    d_in, d_sae, d_out = config.d_in, config.d_sae, config.d_out or config.d_in
     shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)
+        "W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_enc": (d_sae,), "b_dec": (d_out,)
     }  # fmt: skip
-    if data["architecture"] == "jumprelu":
+    if isinstance(config.activation, (BatchTopK, JumpReLU)):
         shapes["threshold"] = (d_sae,)
+    if config.skip:
+        shapes["W_skip"] = (d_out, d_in)
     tensors = _read_tensors(path / WEIGHTS, shapes)
-    sae = SAE(config, site=site, device="meta", dtype=dtype)
+    sae = SAE(config, site=site, site_out=site_out, device="meta", dtype=dtype)
     for name, tensor in tensors.items():
         tensor = tensor.to(device or "cpu", torch.float32 if name == "threshold" else dtype)
         setattr(sae, name, nn.Parameter(tensor))
     if (path / STATS).exists():
         sae.stats = _read_stats(path / STATS, config.d_sae)
-    sae.metadata = {key: value for key, value in ours.items() if key not in {"schema", "activation", "site", "saelens"}}
-    known = {"saehook", "sae_lens_version", "training_architecture", "hf_hook_name"}
+    sae.metadata = {key: value for key, value in ours.items() if key not in _OURS}
+    known = {"saehook", "sae_lens_version", "training_architecture", "hf_hook_name", "hf_hook_name_out"}
     foreign = {key: value for key, value in metadata.items() if key not in known}
     if foreign:
         sae.metadata["saelens"] = foreign
@@ -216,27 +238,26 @@ def _sae_config(data: dict[str, Any], path: Path) -> SAEConfig:
     metadata = data.get("metadata") if isinstance(data.get("metadata"), dict) else {}
     ours = metadata.get("saehook") if isinstance(metadata, dict) else None
     recorded = ours.get("activation") if isinstance(ours, dict) else None
+    architecture = data["architecture"]
     try:
-        match data["architecture"]:
-            case "standard":
-                activation: ReLU | TopK | BatchTopK | JumpReLU = ReLU()
-            case "topk":
-                activation = TopK(k=data.get("k", 0))
-            case "jumprelu":
-                activation = JumpReLU()
-                if isinstance(recorded, dict):
-                    recorded_activation = activation_from_dict(recorded)
-                    if not isinstance(recorded_activation, (BatchTopK, JumpReLU)):
-                        raise FormatError(f"{recorded} is recorded for an architecture 'jumprelu'.")
-                    activation = recorded_activation
-            case other:
-                raise FormatError(f"architecture {other!r} is unknown; standard, topk and jumprelu are read.")
+        known = [*_ARCHITECTURES, *_TRANSCODERS]
+        if architecture not in known:
+            raise FormatError(f"architecture {architecture!r} is unknown; {', '.join(known)} are read.")
+        is_transcoder = architecture in _TRANSCODERS
+        kind, skip = _TRANSCODERS[architecture] if is_transcoder else (_ARCHITECTURES[architecture], False)
+        activation: Activation = TopK(k=data.get("k", 0)) if kind is TopK else kind()  # type: ignore[call-arg]
+        if kind is JumpReLU and isinstance(recorded, dict):
+            activation = activation_from_dict(recorded)
+            if not isinstance(activation, (BatchTopK, JumpReLU)):
+                raise FormatError(f"{recorded} is recorded for an architecture {architecture!r}.")
         return SAEConfig(
             d_in=data["d_in"],
             d_sae=data["d_sae"],
             activation=activation,
-            subtract_b_dec=data.get("apply_b_dec_to_input", True),
+            subtract_b_dec=data.get("apply_b_dec_to_input", not is_transcoder),
             normalize=normalize,
+            d_out=data.get("d_out", data["d_in"]) if is_transcoder else None,
+            skip=skip,
         )
     except (ArgumentError, FormatError) as error:
         raise refuse(str(error)) from None

@@ -104,9 +104,14 @@ class SAEConfig:
     """Whether the encoder sees x - b_dec (else x)."""
     normalize: str = "none"
     """`none`, or `layer_norm`: each token is centred and divided by its standard deviation, undone after decoding."""
+    d_out: int | None = None
+    """Transcoder: width of the site that is reconstructed from the other. None: an SAE, which reconstructs its input."""
+    skip: bool = False
+    """Transcoder: whether an affine map of the input is added to the reconstruction (Paulo et al. 2025)."""
 
     def __post_init__(self) -> None:
         _positive(self, "d_in", "d_sae")
+        self._check_transcoder()
         if not isinstance(self.activation, tuple(ACTIVATIONS.values())):
             raise ArgumentError(
                 f"SAEConfig.activation is {self.activation!r}; expected ReLU(), TopK(k=...), BatchTopK(k=...) or JumpReLU()."
@@ -116,6 +121,17 @@ class SAEConfig:
             raise ArgumentError(f"k = {k} is larger than d_sae = {self.d_sae}; at most all latents can be kept.")
         if self.normalize not in {"none", "layer_norm"}:
             raise ArgumentError(f"SAEConfig.normalize is {self.normalize!r}; expected 'none' or 'layer_norm'.")
+
+    def _check_transcoder(self) -> None:
+        if self.d_out is None:
+            if self.skip:
+                raise ArgumentError("skip=True is for a transcoder. Give d_out, the width of what it reconstructs.")
+            return
+        _positive(self, "d_out")
+        if self.subtract_b_dec:
+            raise ArgumentError("b_dec of a transcoder belongs to its output: give subtract_b_dec=False with d_out.")
+        if self.normalize != "none":
+            raise ArgumentError(f"a transcoder with normalize={self.normalize!r} is not supported, only 'none'.")
 
 
 def activation_to_dict(activation: Activation) -> dict[str, Any]:
@@ -224,6 +240,10 @@ class TrainConfig:
 
     site: str
     """Where the activations come from, e.g. `layers.2.resid_post`."""
+    site_out: str | None = None
+    """Train a transcoder: reconstruct the activations of this site, e.g. `layers.2.mlp_out` from `layers.2.mlp_in`."""
+    skip: bool = False
+    """Transcoder: add a learned linear map of the input to the reconstruction (Paulo et al. 2025)."""
     activation: Method
     """Training method: `ReLU()`, `TopK(k=...)`, `MultiTopK(k=...)`, `BatchTopK(k=...)`, `Matryoshka(k=...)`, `JumpReLU()`
     or `Gated()`."""
@@ -304,7 +324,16 @@ class TrainConfig:
             )
         if self.k is not None and self.k * getattr(self.activation, "multiple", 1) > self.d_sae:
             raise ArgumentError(f"{self.activation} keeps more latents than d_sae = {self.d_sae}.")
+        if self.skip and self.site_out is None:
+            raise ArgumentError("skip is for a transcoder. Give site_out, the site whose activations it reconstructs.")
+        if self.site_out == self.site:
+            raise ArgumentError(f"site_out is {self.site_out}, as site is; leave it out to train an SAE.")
         self._check_method()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites whose activations are needed."""
+        return (self.site,) if self.site_out is None else (self.site, self.site_out)
 
     def _check_method(self) -> None:
         """Raises ArgumentError for a setting that the method does not use, or one that it lacks."""

@@ -35,14 +35,14 @@ def auxk(
     W_enc: Tensor,
     b_enc: Tensor,
     W_dec: Tensor,
-    b_dec: Tensor,
+    center: Tensor,
     dead: Tensor,
     k_aux: int,
 ) -> Tensor:
     """The auxiliary loss that revives dead latents (Gao et al. 2024, appendix A.2), without its coefficient.
 
     The `k_aux` largest pre-activations among the dead latents, after ReLU, are decoded without bias and compared with
-    `residual` = x - x_hat, which gets no gradient. The error is a fraction of the residual's variance about its batch
+    `residual` = target - reconstruction, which gets no gradient; `center` [d_in] is subtracted from `x`. The error is a fraction of the residual's variance about its batch
     mean; 0 where that is 0. `dead` holds the indices of the dead latents: only their weights are touched. With none
     the loss is 0, without a gradient.
     """
@@ -54,7 +54,7 @@ def auxk(
         x,
         W_enc.T.index_select(0, dead).T,
         b_enc.index_select(0, dead),
-        b_dec,
+        center,
         lambda pre_acts: kernels.topk(pre_acts, k_aux),
         k=k_aux,
     )

@@ -1,8 +1,8 @@
 """The training methods: what each minimises, and how its result becomes an SAE of the inference rule.
 
-All of them see scaled inputs (E‖x‖² = 1) and reconstruct with the weights of an `SAE`; what else a method learns stands in
-its `parameters`. The squared error is summed over the d components of a token. The topk and batchtopk kinds divide it by
-the variance of the inputs, as Gao et al. do; relu, jumprelu and gated take it as it is, so that the weight of their penalty
+All of them see scaled inputs (E‖x‖² = 1) and reconstruct a target with the weights of an `SAE`: the inputs themselves, or
+the activations of another site (a transcoder). What else a method learns stands in its `parameters`. The squared error is summed over the d components of a token. The topk and batchtopk kinds divide it by
+the variance of the target, as Gao et al. do; relu, jumprelu and gated take it as it is, so that the weight of their penalty
 means what it means in their papers.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from saehook import kernels, losses
 from saehook.activation_fns import jumprelu_ste, step_count
+from saehook.batches import InputFacts
 from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, MultiTopK, ReLU, SAEConfig, TopK, TrainConfig
 from saehook.sae import SAE
 
@@ -31,7 +32,7 @@ class Terms(NamedTuple):
     loss: Tensor
     """What is minimised, without the auxiliary loss, a scalar."""
     x_hat: Tensor
-    """Reconstruction, [n, d_in], with its gradient."""
+    """Reconstruction, [n, d_out], with its gradient."""
     fired: Tensor
     """On how many tokens each latent fired, [d_sae], float32."""
     smallest: Tensor | None = None
@@ -45,15 +46,21 @@ class Method:
     """Whether the decoder rows are held at unit length."""
 
     def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor) -> None:
-        """`variance`: total variance of the scaled inputs, a scalar."""
+        """`variance`: total variance of the scaled target, a scalar."""
         self.config = config
         self.sae = sae
         self.variance = variance
+        self._no_center = torch.zeros(sae.d_in, device=sae.device, dtype=sae.dtype)
         self.parameters: dict[str, nn.Parameter] = dict(sae.named_parameters())
 
-    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
-        """Loss of scaled tokens [n, d_in] at step `step`; `scratch` as in `kernels.encode`."""
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+        """Loss of scaled tokens [n, d_in] with the target `y` [n, d_out] at step `step`; `scratch` as in `kernels.encode`."""
         raise NotImplementedError
+
+    @property
+    def center(self) -> Tensor:
+        """What the encoder subtracts from its input, [d_in]: b_dec, or nothing for a transcoder."""
+        return self._no_center if self.sae.is_transcoder else self.sae.b_dec
 
     def after_step(self, taken: Tensor) -> None:
         """Bring the parameters back to where they may be; `taken`: whether the step was, 0-dim bool."""
@@ -67,24 +74,28 @@ class Method:
 
     def _dense(self, x: Tensor) -> Tensor:
         """Pre-activations, [n, d_sae], with gradients."""
-        sae = self.sae
-        return kernels.reference.pre_acts(x - sae.b_dec, sae.W_enc, sae.b_enc)
+        return kernels.reference.pre_acts(x - self.center, self.sae.W_enc, self.sae.b_enc)
 
-    def _decode(self, acts: Tensor) -> Tensor:
+    def _decode(self, acts: Tensor, x: Tensor) -> Tensor:
         with torch.autocast(acts.device.type, dtype=torch.bfloat16, enabled=acts.is_cuda):
-            return (acts @ self.sae.W_dec).to(self.sae.b_dec.dtype) + self.sae.b_dec
+            return (acts @ self.sae.W_dec).to(self.sae.b_dec.dtype) + self.offset(x)
+
+    def offset(self, x: Tensor) -> Tensor:
+        """What is added to the decoded activations of `x`: b_dec, [d_out], and the skip map, then [n, d_out]."""
+        sae = self.sae
+        return sae.b_dec if sae.W_skip is None else x @ sae.W_skip.T + sae.b_dec
 
 
 class TopKMethod(Method):
     """TopK (Gao et al. 2024): the k largest of each token."""
 
-    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
         sae, k = self.sae, self.k_at(step)
         values, selection = kernels.encode(
-            x, sae.W_enc, sae.b_enc, sae.b_dec, lambda pre: kernels.topk(pre, k), k=k, scratch=scratch
+            x, sae.W_enc, sae.b_enc, self.center, lambda pre: kernels.topk(pre, k), k=k, scratch=scratch
         )
-        x_hat = kernels.decode(values, sae.W_dec, selection, k=k) + sae.b_dec
-        return Terms(losses.reconstruction(x, x_hat, self.variance), x_hat, self._fired(values, selection))
+        x_hat = kernels.decode(values, sae.W_dec, selection, k=k) + self.offset(x)
+        return Terms(losses.reconstruction(y, x_hat, self.variance), x_hat, self._fired(values, selection))
 
     def k_at(self, step: int) -> int:
         """k at this step: it falls linearly from d_in over `k_anneal_steps`."""
@@ -103,7 +114,7 @@ class TopKMethod(Method):
 class MultiTopKMethod(TopKMethod):
     """TopK with a second loss at a multiple of k, from the same pre-activations (Gao et al. 2024, section 5.3)."""
 
-    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
         method, sae, k = self.config.activation, self.sae, self.k_at(step)
         assert isinstance(method, MultiTopK)
         more = min(method.multiple * k, sae.d_sae)
@@ -111,34 +122,35 @@ class MultiTopKMethod(TopKMethod):
             x,
             sae.W_enc,
             sae.b_enc,
-            sae.b_dec,
+            self.center,
             lambda pre: kernels.topk(pre, more, descending=True),
             k=more,
             scratch=scratch,
         )
         first = selection.first_of_each_token(k)
         first_values = values.view(-1, more)[:, :k].reshape(-1)
-        x_hat = kernels.decode(first_values, sae.W_dec, first, k=k) + sae.b_dec
-        wide = kernels.decode(values, sae.W_dec, selection, k=more) + sae.b_dec
-        loss = losses.reconstruction(x, x_hat, self.variance)
-        loss = loss + method.weight * losses.reconstruction(x, wide, self.variance)
+        offset = self.offset(x)
+        x_hat = kernels.decode(first_values, sae.W_dec, first, k=k) + offset
+        wide = kernels.decode(values, sae.W_dec, selection, k=more) + offset
+        loss = losses.reconstruction(y, x_hat, self.variance)
+        loss = loss + method.weight * losses.reconstruction(y, wide, self.variance)
         return Terms(loss, x_hat, self._fired(first_values, first))
 
 
 class BatchTopKMethod(TopKMethod):
     """BatchTopK (Bussmann et al. 2024): the tokens × k largest of the batch, by one exact cut."""
 
-    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
         sae, k = self.sae, self.k_at(step)
         values, selection = self._encode(x, k, scratch)
-        x_hat = kernels.decode(values, sae.W_dec, selection, k=k) + sae.b_dec
-        loss = losses.reconstruction(x, x_hat, self.variance)
+        x_hat = kernels.decode(values, sae.W_dec, selection, k=k) + self.offset(x)
+        loss = losses.reconstruction(y, x_hat, self.variance)
         return Terms(loss, x_hat, self._fired(values, selection), _smallest(values))
 
     def _encode(self, x: Tensor, k: int, scratch: Tensor | None) -> kernels.Encoded:
         sae = self.sae
         return kernels.encode(
-            x, sae.W_enc, sae.b_enc, sae.b_dec, lambda pre: kernels.batch_topk(pre, k), k=k, scratch=scratch
+            x, sae.W_enc, sae.b_enc, self.center, lambda pre: kernels.batch_topk(pre, k), k=k, scratch=scratch
         )
 
 
@@ -153,12 +165,13 @@ class MatryoshkaMethod(BatchTopKMethod):
         """Where each group of latents ends."""
         self.ends[-1] = sae.d_sae
 
-    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
         sae, k = self.sae, self.k_at(step)
         values, selection = self._encode(x, k, scratch)
         parts = kernels.decode(values, sae.W_dec, selection.by_group(self.ends), k=k)
-        prefixes = parts.view(len(x), len(self.ends), -1).cumsum(1) + sae.b_dec
-        loss = (prefixes - x[:, None]).square().sum(-1).mean() / self.variance
+        offset = self.offset(x).expand_as(y)
+        prefixes = parts.view(len(x), len(self.ends), -1).cumsum(1) + offset[:, None]
+        loss = (prefixes - y[:, None]).square().sum(-1).mean() / self.variance
         return Terms(loss, prefixes[:, -1], self._fired(values, selection), _smallest(values))
 
 
@@ -176,13 +189,13 @@ class ReLUMethod(Method):
         """Log of the penalty's weight."""
         self._l0 = torch.zeros((), device=sae.device)
 
-    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
         acts = self._dense(x).relu()
-        x_hat = self._decode(acts)
+        x_hat = self._decode(acts, x)
         strength = acts
         if self.config.decoder_norm_penalty:
             strength = acts * torch.linalg.vector_norm(self.sae.W_dec, dim=-1)
-        loss = losses.squared_error(x, x_hat) + self._weight(step) * strength.sum(-1).mean()
+        loss = losses.squared_error(y, x_hat) + self._weight(step) * strength.sum(-1).mean()
         return Terms(loss, x_hat, self._count(acts))
 
     def _weight(self, step: int) -> Tensor:
@@ -220,12 +233,12 @@ class JumpReLUMethod(Method):
         sae.set_threshold(config.initial_threshold)
         self.parameters = dict(sae.named_parameters())
 
-    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
         config, threshold = self.config, self.sae.threshold
         assert threshold is not None
         pre_acts = self._dense(x)
         acts = jumprelu_ste(pre_acts, threshold, config.bandwidth)
-        x_hat = self._decode(acts)
+        x_hat = self._decode(acts, x)
         l0 = step_count(pre_acts, threshold, config.bandwidth).mean()
         if config.target_l0 is None:
             assert config.sparsity_coefficient is not None
@@ -233,7 +246,7 @@ class JumpReLUMethod(Method):
         else:
             weight = 1.0 if config.sparsity_coefficient is None else config.sparsity_coefficient
             penalty = weight * (l0 / config.target_l0 - 1).square()
-        loss = losses.squared_error(x, x_hat) + warm(step, config.resolved_sparsity_warmup_steps) * penalty
+        loss = losses.squared_error(y, x_hat) + warm(step, config.resolved_sparsity_warmup_steps) * penalty
         return Terms(loss, x_hat, (acts.detach() > 0).sum(0, dtype=torch.float32))
 
     @torch.no_grad()
@@ -256,15 +269,15 @@ class GatedMethod(ReLUMethod):
         self.r_mag, self.b_mag = nn.Parameter(zeros), nn.Parameter(zeros.clone())
         self.parameters = {**dict(sae.named_parameters()), "r_mag": self.r_mag, "b_mag": self.b_mag}
 
-    def terms(self, x: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
         sae = self.sae
         pre_gate = self._dense(x)
         pre_mag = (pre_gate - sae.b_enc) * self.r_mag.exp() + self.b_mag
         acts = (pre_gate > 0) * pre_mag.relu()
-        x_hat = self._decode(acts)
+        x_hat = self._decode(acts, x)
         gate = pre_gate.relu()
-        frozen = gate @ sae.W_dec.detach().to(gate.dtype) + sae.b_dec.detach()
-        loss = losses.squared_error(x, x_hat) + losses.squared_error(x, frozen)
+        frozen = gate @ sae.W_dec.detach().to(gate.dtype) + self.offset(x).detach()
+        loss = losses.squared_error(y, x_hat) + losses.squared_error(y, frozen)
         loss = loss + self._weight(step) * gate.sum(-1).mean()
         return Terms(loss, x_hat, self._count(acts))
 
@@ -288,13 +301,28 @@ METHODS: dict[type, type[Method]] = {
 }
 
 
-def make_method(config: TrainConfig, center: Tensor, variance: Tensor) -> Method:
-    """A new SAE for `config` and its method; `center` [d_in] becomes b_dec. On their device."""
-    sae_config = SAEConfig(d_in=center.numel(), d_sae=config.d_sae, activation=config.inference)
-    sae = SAE(sae_config, site=config.site, generator=torch.Generator().manual_seed(config.seed)).to(center.device)
+def make_method(config: TrainConfig, source: InputFacts, target: InputFacts | None = None) -> Method:
+    """A new SAE for `config` and its method, on the device of the facts.
+
+    `source` says what its inputs are like, in whose centre an SAE's b_dec begins; `target` what a transcoder
+    reconstructs: b_dec begins there, and b_enc where the pre-activations of the inputs' centre are 0.
+    """
+    device, center = source.center.device, (target or source).center
+    sae_config = SAEConfig(
+        d_in=source.center.numel(),
+        d_sae=config.d_sae,
+        activation=config.inference,
+        subtract_b_dec=target is None,
+        d_out=None if target is None else center.numel(),
+        skip=config.skip,
+    )
+    generator = torch.Generator().manual_seed(config.seed)
+    sae = SAE(sae_config, site=config.site, site_out=config.site_out, generator=generator).to(device)
     sae.b_dec.data.copy_(center)
+    if target is not None:
+        sae.b_enc.data = -(source.center @ sae.W_enc.detach())
     sae.W_enc.data = sae.W_enc.data.T.contiguous().T  # latent-major in memory: see kernels/sparse.py
-    return METHODS[type(config.activation)](config, sae, variance)
+    return METHODS[type(config.activation)](config, sae, (target or source).variance)
 
 
 def warm(step: int, warmup_steps: int) -> float:

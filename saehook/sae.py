@@ -21,7 +21,7 @@ class SAEOutput(NamedTuple):
     """What `SAE.forward` returns."""
 
     x_hat: Tensor
-    """Reconstruction, [..., d_in], in the SAE's dtype."""
+    """Reconstruction, [..., d_out], in the SAE's dtype."""
     acts: Tensor
     """Latent activations, [..., d_sae]."""
     pre_acts: Tensor
@@ -48,6 +48,9 @@ class SAE(nn.Module):
     Shapes: `W_enc` [d_in, d_sae], `W_dec` [d_sae, d_in] (row i is the direction of latent i), `b_enc` [d_sae],
     `b_dec` [d_in], `threshold` None, scalar or [d_sae] (float32 always: bf16 thresholds round away what training
     learned). All are `nn.Parameter`s and may be set in place.
+
+    A transcoder reads x at one site and reconstructs y at another: `W_dec` is [d_sae, d_out], `b_dec` [d_out], and
+    y_hat = z W_dec + b_dec + x W_skipᵀ, with `W_skip` None or [d_out, d_in] as in SAELens' files.
     """
 
     def __init__(
@@ -55,35 +58,58 @@ class SAE(nn.Module):
         config: SAEConfig,
         *,
         site: str | None = None,
+        site_out: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
     ) -> None:
         """A new SAE: random unit decoder rows, encoder = decoder transposed, biases 0 (Gao et al. 2024, A.1).
 
-        `threshold` starts at 0.001 for JumpReLU and is None for the others: a BatchTopK gets it from its trainer.
+        The encoder of a transcoder has random unit columns of its own, and its skip map starts at 0. `threshold` starts at
+        0.001 for JumpReLU and is None for the others: a BatchTopK gets it from its trainer.
+
+        Args:
+            site: where x is read.
+            site_out: where a transcoder's y is; None for an SAE.
         """
         super().__init__()
         self.config = config
         self.site = site
+        self.site_out = site_out
         self.stats: LatentStats | None = None
         self.metadata: dict[str, Any] = {}
-        if device is not None and torch.device(device).type == "meta":  # sizes only: whoever asks fills them in
-            rows = torch.empty(config.d_sae, config.d_in, device=device, dtype=dtype)
-        else:
-            rows = F.normalize(torch.randn(config.d_sae, config.d_in, generator=generator), dim=-1).to(device, dtype)
-        self.W_enc = nn.Parameter(rows.T.contiguous())
+
+        def unit_rows(width: int) -> Tensor:
+            if device is not None and torch.device(device).type == "meta":  # sizes only: whoever asks fills them in
+                return torch.empty(config.d_sae, width, device=device, dtype=dtype)
+            return F.normalize(torch.randn(config.d_sae, width, generator=generator), dim=-1).to(device, dtype)
+
+        rows = unit_rows(self.d_out)
+        self.W_enc = nn.Parameter((unit_rows(config.d_in) if self.is_transcoder else rows).T.contiguous())
         self.W_dec = nn.Parameter(rows.clone())
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae, device=device, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in, device=device, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, device=device, dtype=dtype))
+        self.register_parameter("W_skip", None)
+        if config.skip:
+            self.W_skip = nn.Parameter(torch.zeros(self.d_out, config.d_in, device=device, dtype=dtype))
         self.register_parameter("threshold", None)
         if isinstance(config.activation, JumpReLU):
             self.threshold = nn.Parameter(torch.full((config.d_sae,), INITIAL_JUMPRELU_THRESHOLD, device=device))
 
     @property
     def d_in(self) -> int:
-        """Width of the site."""
+        """Width of the site that is read."""
         return self.config.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed: of x, or of a transcoder's y."""
+        return self.config.d_out or self.config.d_in
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether another site is reconstructed than the one that is read."""
+        return self.config.d_out is not None
 
     @property
     def d_sae(self) -> int:
@@ -102,7 +128,8 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         """One line for `print(sae)`."""
-        return f"{self.config.activation}, d_in={self.d_in}, d_sae={self.d_sae}, site={self.site!r}"
+        line = f"{self.config.activation}, d_in={self.d_in}, d_sae={self.d_sae}, site={self.site!r}"
+        return f"{line}, d_out={self.d_out}, site_out={self.site_out!r}" if self.is_transcoder else line
 
     def _apply(self, fn, recurse: bool = True):  # nn.Module's hook for .to(), .half(), ...
         before = None if self.threshold is None else self.threshold.detach()
@@ -150,9 +177,10 @@ class SAE(nn.Module):
         return self.activate(self.pre_acts(x))
 
     def decode(self, acts: Tensor, x: Tensor | None = None) -> Tensor:
-        """Reconstruction [..., d_in] of latent activations [..., d_sae].
+        """Reconstruction [..., d_out] of latent activations [..., d_sae].
 
-        `x` is only needed by an SAE that normalises each token: its mean and scale are put back.
+        `x` is only needed by an SAE that normalises each token, whose mean and scale are put back, and by a transcoder
+        with a skip map.
 
         Raises:
             ShapeError: the last dimension of `acts` is not d_sae.
@@ -163,14 +191,16 @@ class SAE(nn.Module):
                 f"the SAE has d_sae = {self.d_sae} latents, but got activations of shape {tuple(acts.shape)}."
             )
         flat = torch.addmm(self.b_dec, acts.to(self.dtype).reshape(-1, self.d_sae), self.W_dec)
-        x_hat = flat.view(*acts.shape[:-1], self.d_in)
-        if self.config.normalize == "none":
+        x_hat = flat.view(*acts.shape[:-1], self.d_out)
+        if self.config.normalize == "none" and self.W_skip is None:
             return x_hat
         if x is None:
+            what = "normalises each token" if self.W_skip is None else "has a skip map"
             raise ArgumentError(
-                "this SAE normalises each token, so the reconstruction needs the token's own mean and scale: "
-                "call decode(acts, x=x), or sae(x).x_hat."
+                f"this SAE {what}, so the reconstruction needs the token itself: call decode(acts, x=x), or sae(x).x_hat."
             )
+        if self.W_skip is not None:
+            return x_hat + x.to(self.dtype) @ self.W_skip.T
         _, mean, std = self._normalize(x.to(self.dtype))
         assert mean is not None
         assert std is not None

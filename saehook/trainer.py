@@ -47,13 +47,15 @@ BAD_VALUES = ("", "the activations were", "the loss was", "the gradient was")
 class Run:
     """One SAE in training, in scaled units, where E‖x‖² = 1."""
 
-    def __init__(self, config: TrainConfig, name: str, facts: InputFacts) -> None:
+    def __init__(self, config: TrainConfig, name: str, facts: InputFacts, target: InputFacts | None = None) -> None:
+        """`facts` of the inputs; `target`: of what a transcoder reconstructs, None for an SAE."""
         self.config = config
         self.name = name
         self.facts = facts
+        self.target = target or facts
         device = facts.center.device
         self.k_aux = config.k_aux or max(1, facts.center.numel() // 2)
-        self.method = make_method(config, facts.center, facts.variance)
+        self.method = make_method(config, facts, target)
         self.sae = self.method.sae
         self.optimizer = DecoderConstrainedAdam(
             self.method.parameters,
@@ -91,17 +93,18 @@ class Run:
         """Whether all steps are taken."""
         return self.steps >= self.config.steps
 
-    def step(self, x: Tensor, scratch: Tensor | None = None) -> None:
-        """One optimiser step on raw activations `x` [batch_tokens, d_in]; for `scratch` see `kernels.encode`."""
-        x = x * self.facts.scale
-        terms = self.method.terms(x, self.steps, scratch)
-        sane = torch.stack([x.sum().isfinite(), terms.loss.detach().isfinite()])
+    def step(self, batch: Batch, scratch: Tensor | None = None) -> None:
+        """One optimiser step on raw activations [batch_tokens, width] by site; for `scratch` see `kernels.encode`."""
+        x = batch[self.config.site] * self.facts.scale
+        y = x if self.config.site_out is None else batch[self.config.site_out] * self.target.scale
+        terms = self.method.terms(x, y, self.steps, scratch)
+        sane = torch.stack([x.sum().isfinite() & y.sum().isfinite(), terms.loss.detach().isfinite()])
         allowed = sane.all() & (self.bad[0] == 0)
         before = self.tokens_since_fired, self.threshold
         self._track_firing(
             terms, len(x)
         )  # first, as in the released code of Gao et al.: it decides which latents are dead
-        aux = self._auxiliary_loss(x, x - terms.x_hat)
+        aux = self._auxiliary_loss(x, y - terms.x_hat)
         (terms.loss + self.config.resolved_auxk_coefficient * aux).backward()
         taken = self.optimizer.step(allowed)
         self.tokens_since_fired = torch.where(taken, self.tokens_since_fired, before[0])
@@ -110,13 +113,13 @@ class Run:
         self._average(taken)
         self.steps += 1
         self._note_bad(sane, taken)
-        self._add_metrics(x, terms, aux, taken)
+        self._add_metrics(y, terms, aux, taken)
 
     def _auxiliary_loss(self, x: Tensor, residual: Tensor) -> Tensor:
         if self.config.resolved_auxk_coefficient == 0:
             return x.new_zeros(())
         sae = self.sae
-        return losses.auxk(x, residual, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, self.dead, self.k_aux)
+        return losses.auxk(x, residual, sae.W_enc, sae.b_enc, sae.W_dec, self.method.center, self.dead, self.k_aux)
 
     @torch.no_grad()
     def _track_firing(self, terms: Terms, tokens: int) -> None:
@@ -147,13 +150,12 @@ class Run:
         self.bad = torch.where(~taken & (self.bad[0] == 0), now, self.bad)
 
     @torch.no_grad()
-    def _add_metrics(self, x: Tensor, terms: Terms, aux: Tensor, taken: Tensor) -> None:
-        x_hat = terms.x_hat.detach()
+    def _add_metrics(self, y: Tensor, terms: Terms, aux: Tensor, taken: Tensor) -> None:
         new = {
             "loss": terms.loss.detach(),
-            "error": losses.squared_error(x, x_hat),
-            "variance": losses.total_variance(x),
-            "l0": terms.fired.sum() / x.shape[0],
+            "error": losses.squared_error(y, terms.x_hat.detach()),
+            "variance": losses.total_variance(y),
+            "l0": terms.fired.sum() / y.shape[0],
             "aux": aux.detach(),
         }
         new = {key: torch.where(taken, value.double(), 0.0) for key, value in new.items()}
@@ -192,9 +194,9 @@ class Run:
     def _mean_threshold(self) -> float | None:
         """Threshold in the units of the activations; of a JumpReLU its mean."""
         if isinstance(self.config.inference, BatchTopK):
-            return max(0.0, float(self.threshold)) / self.facts.scale
+            return max(0.0, float(self.threshold)) / self.target.scale
         threshold = self.sae.threshold
-        return None if threshold is None else float(threshold.detach().mean()) / self.facts.scale
+        return None if threshold is None else float(threshold.detach().mean()) / self.target.scale
 
     @property
     def tokens(self) -> int:
@@ -215,14 +217,12 @@ class Run:
                 "threshold": self.threshold,
                 "bad": self.bad,
             },
-            "facts": {"center": self.facts.center, "variance": self.facts.variance},
         }
         tensors = {f"{part}.{name}": x for part, named in parts.items() for name, x in named.items()}
         data = {
             "steps": self.steps,
             "summed_steps": self.summed_steps,
             "metrics": self.metrics,
-            "scale": self.facts.scale,
         }
         return tensors, data
 
@@ -249,14 +249,17 @@ class Run:
 
     @torch.no_grad()
     def finish(self) -> SAE:
-        """The SAE of raw activations: c·x ↦ c·x_hat becomes x ↦ x_hat, with activations in units of x."""
-        sae, scale = self.sae, self.facts.scale
+        """The SAE of raw activations: c·x ↦ c·x_hat becomes x ↦ x_hat, with latents in units of what is reconstructed."""
+        sae, scale = self.sae, self.target.scale
         for name, average in self.averages.items():
             self.method.parameters[name].copy_(average / (1 - self.config.ema_decay**self.steps))
         if self.method.unit_rows:
             normalize_rows_(sae.W_dec)
         self.method.finish()
         sae.W_enc.data = sae.W_enc.data.contiguous()
+        for matrix in (sae.W_enc, sae.W_skip):
+            if matrix is not None and self.target is not self.facts:
+                matrix.data *= self.facts.scale / scale
         sae.b_enc.data /= scale
         sae.b_dec.data /= scale
         if isinstance(self.config.inference, BatchTopK):
@@ -266,7 +269,8 @@ class Run:
         sae.requires_grad_(True).zero_grad(set_to_none=True)
         sae.metadata = {
             "training": resolved_settings(self.config, self.k_aux),
-            "input_scale": scale,
+            "input_scale": self.facts.scale,
+            **({"output_scale": scale} if sae.is_transcoder else {}),
             "tokens_seen": self.tokens,
             "training_metrics": dict(self.metrics),
         }
@@ -294,7 +298,9 @@ def resolved_settings(config: TrainConfig, k_aux: int) -> dict[str, Any]:
 def sae_name(config: TrainConfig) -> str:
     """How the logs call an SAE, e.g. `layers.2.resid_post-batchtopk32-4096`."""
     sparsity = config.k or config.target_l0 or config.sparsity_coefficient
-    return f"{config.site}-{method_to_dict(config.activation)['name']}{sparsity:g}-{config.d_sae}"
+    kind = "skip-transcoder" if config.skip else "transcoder"
+    site = config.site if config.site_out is None else f"{config.site}-{kind}-{config.site_out}"
+    return f"{site}-{method_to_dict(config.activation)['name']}{sparsity:g}-{config.d_sae}"
 
 
 class Trainer:
@@ -328,7 +334,7 @@ class Trainer:
                 f"{sorted(sizes)} tokens a step. Give all of them the same batch_tokens."
             )
         self.batch_tokens = sizes.pop()
-        sites = list(dict.fromkeys(config.site for config in self.configs))
+        sites = list(dict.fromkeys(site for config in self.configs for site in config.sites))
         self.d_in = dict.fromkeys(sites, d_in) if isinstance(d_in, int) else {s: d_in[s] for s in sites if s in d_in}
         if missing := [site for site in sites if site not in self.d_in]:
             raise ArgumentError(f"d_in names no width for {', '.join(missing)}.")
@@ -342,6 +348,8 @@ class Trainer:
         """Steps taken so far."""
         self.runs: list[Run] = []
         """The SAEs in training, once `fit` has begun."""
+        self.facts: dict[str, InputFacts] = {}
+        """What the start of the stream says about each site."""
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -397,7 +405,11 @@ class Trainer:
         for config in self.configs:
             name = sae_name(config)
             names.append(name if name not in names else f"{name}-{len(names)}")
-        return [Run(config, name, facts[config.site]) for config, name in zip(self.configs, names, strict=True)]
+        self.facts = dict(facts)
+        return [
+            Run(config, name, facts[config.site], None if config.site_out is None else facts[config.site_out])
+            for config, name in zip(self.configs, names, strict=True)
+        ]
 
     def _train(self, stream: Stream, bar: tqdm) -> None:
         """All steps, or as many as there are tokens for."""
@@ -412,7 +424,7 @@ class Trainer:
             batch = stream.take(self.batch_tokens)
             for run in self.runs:
                 if not run.done:
-                    run.step(batch[run.config.site], scratch)
+                    run.step(batch, scratch)
             self.steps += 1
             bar.update(self.batch_tokens)
             if self.steps % LOG_STEPS == 0:
@@ -454,8 +466,11 @@ class Trainer:
             "configs": [resolved_settings(run.config, run.k_aux) for run in self.runs],
             "steps": self.steps,
             "stream": source,
+            "scales": {site: facts.scale for site, facts in self.facts.items()},
             "runs": [],
         }
+        for site, facts in self.facts.items():
+            tensors |= {f"facts.center.{site}": facts.center, f"facts.variance.{site}": facts.variance}
         for i, run in enumerate(self.runs):
             run_tensors, run_data = run.state()
             tensors |= {f"runs.{i}.{name}": x for name, x in run_tensors.items()}
@@ -467,12 +482,14 @@ class Trainer:
             raise ArgumentError("there is nothing to resume from. Give the trainer the checkpoint_dir of the run.")
         tensors, data, folder = load_state(self.checkpoint_dir)
         recorded = data["configs"]
-        facts: dict[str, InputFacts] = {}
-        for i, (config, run_data) in enumerate(zip(self.configs, data["runs"], strict=False)):
-            center, variance = (tensors[f"runs.{i}.facts.{name}"].to(self.device) for name in ("center", "variance"))
-            facts[config.site] = InputFacts(run_data["scale"], center, variance)
-        if len(recorded) == len(self.configs):
-            self.runs = self._make_runs(facts)
+        known = set(data["scales"])
+        if len(recorded) == len(self.configs) and known == set(self.d_in):
+            facts = (
+                tensors[f"facts.{name}.{site}"].to(self.device) for site in known for name in ("center", "variance")
+            )
+            self.runs = self._make_runs(
+                {site: InputFacts(data["scales"][site], next(facts), next(facts)) for site in known}
+            )
         settings = [resolved_settings(run.config, run.k_aux) for run in self.runs]
         if json.loads(json.dumps(settings)) != recorded:
             raise ArgumentError(

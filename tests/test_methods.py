@@ -46,7 +46,7 @@ def method_of(config: TrainConfig, seed: int = 0):
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    method = make_method(config, random(D_IN).float(), torch.tensor(0.7))
+    method = make_method(config, InputFacts(1.0, random(D_IN).float(), torch.tensor(0.7)))
     for name, parameter in method.parameters.items():
         parameter.data = parameter.data.double() + (0 if name == "threshold" else 0.3 * random(*parameter.shape))
     method.variance = method.variance.double()
@@ -93,7 +93,7 @@ def test_loss_and_gradients_equal_dense_autograd(monkeypatch, kind, kernel, shif
     activation, dense = DENSE[kind]
     method, x = method_of(config(activation))
     method.sae.b_enc.data += shift
-    terms = method.terms(x, step=0)
+    terms = method.terms(x, x, step=0)
     loss = terms.loss
     names = list(method.parameters)
     got = torch.autograd.grad(loss, [method.parameters[name] for name in names], allow_unused=True)
@@ -110,7 +110,7 @@ def test_first_prefix_of_a_matryoshka_is_its_first_group():
     assert isinstance(method, MatryoshkaMethod)
     assert method.ends.tolist() == [16, 32, 64]
     assert Matryoshka(k=5).fractions == pytest.approx((1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32))
-    terms = method.terms(x, 0)
+    terms = method.terms(x, x, 0)
     fired = activation_fns.batch_topk((x - method.sae.b_dec) @ method.sae.W_enc + method.sae.b_enc, 5) > 0
     torch.testing.assert_close(terms.fired, fired.sum(0).float())
 
@@ -126,7 +126,7 @@ def test_l1_loss(decoder_norm):
     for step, share in ((0, 0.2), (3, 0.8), (4, 1.0), (100, 1.0)):
         error = (acts @ sae.W_dec + sae.b_dec - x).square().sum(-1).mean()
         expected = error + share * 0.3 * (acts * norms).sum(-1).mean()
-        torch.testing.assert_close(method.terms(x, step).loss, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(method.terms(x, x, step).loss, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("threshold", "bandwidth"), [(0.5, 0.4), (0.1, 0.5), (0.8, 0.01)])
@@ -163,7 +163,7 @@ def test_jumprelu_loss(target):
     acts = pre * (pre > sae.threshold)
     l0 = (acts > 0).sum(-1).double().mean()
     penalty = 0.2 * l0 if target is None else 0.2 * (l0 / target - 1) ** 2
-    terms = method.terms(x, 0)
+    terms = method.terms(x, x, 0)
     torch.testing.assert_close(terms.loss, (acts @ sae.W_dec + sae.b_dec - x).square().sum(-1).mean() + penalty)
     terms.loss.backward()
     assert sae.W_enc.grad is not None
@@ -182,7 +182,7 @@ def test_gated_loss_gradients_and_result():
     loss = (acts @ sae.W_dec + sae.b_dec - x).square().sum(-1).mean() + 0.2 * gate.relu().sum(-1).mean()
     frozen = gate.relu() @ sae.W_dec.detach() + sae.b_dec.detach()
     loss = loss + (frozen - x).square().sum(-1).mean()
-    terms = method.terms(x, 0)
+    terms = method.terms(x, x, 0)
     torch.testing.assert_close(terms.loss, loss, rtol=1e-6, atol=1e-6)
     parameters = list(method.parameters.values())
     got, expected = torch.autograd.grad(terms.loss, parameters), torch.autograd.grad(loss, parameters)
@@ -248,7 +248,7 @@ def run_of(activation: Method, **changes: Any) -> tuple[Run, Tensor]:
 def test_free_decoder_norms_are_folded():
     run, x = run_of(ReLU(), sparsity_coefficient=0.01, decoder_norm_penalty=True, lr=1e-2)
     for batch in x.split(128):
-        run.step(batch)
+        run.step({SITE: batch})
     norms = run.sae.W_dec.detach().norm(dim=-1)
     assert norms.std() > 0.01, "the norms are free"
     with torch.no_grad():
@@ -261,7 +261,7 @@ def test_free_decoder_norms_are_folded():
 def test_threshold_never_becomes_negative():
     run, x = run_of(JumpReLU(), target_l0=60.0, lr=0.05)  # more latents than are positive: thresholds are pushed down
     for batch in x.split(128):
-        run.step(batch)
+        run.step({SITE: batch})
         assert run.sae.threshold is not None
         assert float(run.sae.threshold.detach().min()) >= 0
     assert float(run.sae.threshold.detach().min()) == 0
@@ -271,7 +271,7 @@ def test_average_of_the_weights():
     run, x = run_of(TopK(k=4), ema_decay=0.9, lr=1e-2)
     history: dict[str, list[Tensor]] = {name: [] for name in run.method.parameters}
     for batch in x.split(128):
-        run.step(batch)
+        run.step({SITE: batch})
         for name, parameter in run.method.parameters.items():
             history[name].append(parameter.detach().clone())
     n = len(history["b_enc"])
@@ -292,7 +292,7 @@ def test_k_is_annealed(activation):
     run, x = run_of(activation, k_anneal_steps=10)
     fired = []
     for batch in x.split(128)[:12]:
-        run.step(batch)
+        run.step({SITE: batch})
         fired.append(float(run.sums["l0"]) - sum(fired))
     assert fired[0] > 18  # from d_in = 24
     assert fired[5] == pytest.approx(14, abs=2.5)

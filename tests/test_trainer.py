@@ -126,7 +126,7 @@ def test_scale_is_folded():
     assert float((x * facts.scale).square().sum(-1).mean()) == pytest.approx(1, rel=1e-5)
     run = Run(config(), "name", facts)
     for batch in x.split(256):
-        run.step(batch)
+        run.step({SITE: batch})
     with torch.no_grad():
         acts = batch_topk((x * facts.scale - run.sae.b_dec) @ run.sae.W_enc + run.sae.b_enc, 3)
         x_hat = acts @ run.sae.W_dec + run.sae.b_dec
@@ -164,7 +164,7 @@ def test_dead_latents_are_counted_in_tokens():
     run.sae.b_enc.data[:5] = -100  # these never fire
     run.sae.b_enc.data[5] = 100  # this one always does
     for i, batch in enumerate(x.split(256)[:4]):
-        run.step(batch)
+        run.step({SITE: batch})
         assert run.tokens_since_fired[:5].tolist() == [256 * (i + 1)] * 5
         assert run.tokens_since_fired[5] == 0
         assert (run.tokens_since_fired % 256 == 0).all()
@@ -182,7 +182,7 @@ def test_dead_latents_come_back():
     for run in runs:
         run.sae.W_enc.data[:, :40] *= 0.02  # never among the largest of a token
         for batch in x.split(250):
-            run.step(batch)
+            run.step({SITE: batch})
     dead = [int(run.is_dead[:40].sum()) for run in runs]
     assert dead[1] < dead[0] / 2, dead
 
@@ -197,7 +197,7 @@ def test_running_mean_of_the_threshold():
         smallest = float(acts[acts > 0].min())
         beta = min(0.5, i / (i + 10))
         expected = smallest if expected is None else beta * expected + (1 - beta) * smallest
-        run.step(batch)
+        run.step({SITE: batch})
         assert float(run.threshold) == pytest.approx(expected, rel=1e-4)
     assert run.threshold.dtype == torch.float32
 

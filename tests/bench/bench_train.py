@@ -54,7 +54,7 @@ def main() -> None:
     product = torch.randn(a.d_in, a.d_sae)
 
     def step(run: Run) -> Callable[[], object]:
-        return lambda: run.step(x, scratch)
+        return lambda: run.step({SITE: x}, scratch)
 
     variants = {name: step(run) for name, run in runs.items()}
     seconds = interleaved(
