@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saehook.bundle import bundled
-from saehook.config import METHODS, TrainConfig, count
+from saehook.config import METHODS, TrainConfig, activation_to_dict, count
 from saehook.errors import ArgumentError, SaehookError, TrainingInterrupted
 
 if TYPE_CHECKING:
     from saehook.hooked_model import HookedModel
     from saehook.hooked_saes import HookedSAEs
+    from saehook.sae import SAE
     from saehook.tokenization import Windows
 
 DEFAULT_PROMPT = "def load(path):\n"
@@ -167,6 +168,9 @@ def _add_training(sub: argparse.ArgumentParser) -> None:
         name = f"--{field.name.replace('_', '-')}"
         if bool in kinds:
             sub.add_argument(name, action="store_true", default=None, help=text)
+            continue
+        if str in kinds:
+            sub.add_argument(name, metavar=field.name.removesuffix("_out").upper(), help=text)
             continue
         default = "" if field.default is None else f" (default: {field.default:g})"
         sub.add_argument(name, type=_count if int in kinds else float, metavar="N", help=text + default)
@@ -325,11 +329,13 @@ def train(arguments: argparse.Namespace) -> None:
     saehook train --lm DIR --site 'layers.{2,4}.resid_post' --activation topk --k 16 --d-sae 1024 --tokens 2M \\
                   --text FILE ... --out DIR
     saehook train --config sweep.yaml                                    sites x methods x k x seeds, one pass
+    saehook train --init DIR --tokens 1M --lr 1e-5                       go on from the weights of a finished SAE
     saehook train --resume DIR                                           after Ctrl-C, kill -9, a full disk
     """
     import torch
 
     from saehook import corpus
+    from saehook.checkpoint import load_sae
     from saehook.files import atomic_write
     from saehook.sweep import expand
     from saehook.training_run import check_unused, train_saes
@@ -339,8 +345,9 @@ def train(arguments: argparse.Namespace) -> None:
         raise ArgumentError(f"dtype {dtype!r} is unknown; float32 or bfloat16 is expected.")
     model = _load_lm(argparse.Namespace(lm=settings.get("lm")))
     half = max(0, model.lm.config.get_text_config().num_hidden_layers // 2 - 1)
+    settings_of_init = _settings_of(load_sae(settings["init"])) if isinstance(settings.get("init"), str) else {}
     configs = expand(
-        {"site": f"layers.{half}.resid_post", "tokens": TRAIN_TOKENS, **settings},
+        {"site": f"layers.{half}.resid_post", "tokens": TRAIN_TOKENS, **settings_of_init, **settings},
         lambda pattern: [site.name for site in model.sites(pattern)],
         lambda site: model.width(model.sites(site)[0]),
     )
@@ -398,9 +405,18 @@ def _training_settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], P
         if (value := settings.get(name)) is not None:
             paths = [str(Path(p).resolve()) if Path(p).exists() else str(p) for p in _listed(value)]
             settings[name] = paths[0] if name == "lm" else paths
-    if "cache" in settings:
-        settings["cache"] = str(Path(settings["cache"]).resolve())
+    for name in ("cache", "init"):
+        if isinstance(settings.get(name), (str, Path)):
+            settings[name] = str(Path(settings[name]).resolve())
     return settings, out
+
+
+def _settings_of(sae: SAE) -> dict[str, Any]:
+    """Settings that train an SAE like this one, as far as its file says."""
+    facts = activation_to_dict(sae.config.activation)
+    settings = {"activation": facts.pop("name"), **facts, "d_sae": sae.d_sae, "skip": sae.config.skip or None}
+    settings |= {"site": sae.site, "site_out": sae.site_out}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _listed(value: Any) -> list[Any]:

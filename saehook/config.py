@@ -244,6 +244,8 @@ class TrainConfig:
     """Train a transcoder: reconstruct the activations of this site, e.g. `layers.2.mlp_out` from `layers.2.mlp_in`."""
     skip: bool = False
     """Transcoder: add a learned linear map of the input to the reconstruction (Paulo et al. 2025)."""
+    init: str | None = None
+    """Folder of a finished SAE whose weights training goes on from, instead of random ones."""
     activation: Method
     """Training method: `ReLU()`, `TopK(k=...)`, `MultiTopK(k=...)`, `BatchTopK(k=...)`, `Matryoshka(k=...)`, `JumpReLU()`
     or `Gated()`."""

@@ -41,10 +41,10 @@ def auxk(
 ) -> Tensor:
     """The auxiliary loss that revives dead latents (Gao et al. 2024, appendix A.2), without its coefficient.
 
-    The `k_aux` largest pre-activations among the dead latents, after ReLU, are decoded without bias and compared with
-    `residual` = target - reconstruction, which gets no gradient; `center` [d_in] is subtracted from `x`. The error is a fraction of the residual's variance about its batch
-    mean; 0 where that is 0. `dead` holds the indices of the dead latents: only their weights are touched. With none
-    the loss is 0, without a gradient.
+    The `k_aux` largest pre-activations of x - `center` among the dead latents, after ReLU, are decoded without bias and
+    compared with `residual` = target - reconstruction, which gets no gradient. The error is a fraction of the residual's
+    variance about its batch mean; 0 where that is 0. `dead` holds the indices of the dead latents: only their weights are
+    touched. With none the loss is 0, without a gradient.
     """
     target = residual.detach()
     if dead.numel() == 0:

@@ -1,9 +1,9 @@
 """The training methods: what each minimises, and how its result becomes an SAE of the inference rule.
 
 All of them see scaled inputs (E‖x‖² = 1) and reconstruct a target with the weights of an `SAE`: the inputs themselves, or
-the activations of another site (a transcoder). What else a method learns stands in its `parameters`. The squared error is summed over the d components of a token. The topk and batchtopk kinds divide it by
-the variance of the target, as Gao et al. do; relu, jumprelu and gated take it as it is, so that the weight of their penalty
-means what it means in their papers.
+the activations of another site (a transcoder). What else a method learns stands in its `parameters`. The squared error is
+summed over the d components of a token. The topk and batchtopk kinds divide it by the variance of the target, as Gao et
+al. do; relu, jumprelu and gated take it as it is, so that the weight of their penalty means what it means in their papers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from saehook import kernels, losses
 from saehook.activation_fns import jumprelu_ste, step_count
 from saehook.batches import InputFacts
 from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, MultiTopK, ReLU, SAEConfig, TopK, TrainConfig
+from saehook.errors import ArgumentError, ShapeError
 from saehook.sae import SAE
 
 L1_START = 1e-3
@@ -64,6 +65,42 @@ class Method:
 
     def after_step(self, taken: Tensor) -> None:
         """Bring the parameters back to where they may be; `taken`: whether the step was, 0-dim bool."""
+
+    @torch.no_grad()
+    def start_from(self, sae: SAE, scale_in: float, scale_out: float) -> None:
+        """Take over the weights of a finished SAE, in units where the inputs are `scale_in` and what is reconstructed
+        `scale_out` times as large: the reconstruction is the same. A running threshold begins anew.
+
+        Raises:
+            ShapeError: other widths or another number of latents.
+            ArgumentError: an SAE where a transcoder is trained or the reverse, or one that normalises each token.
+        """
+        own = self.sae
+        for name in ("d_in", "d_sae", "d_out"):
+            if getattr(sae, name) != getattr(own, name):
+                raise ShapeError(
+                    f"the SAE to start from has {name} = {getattr(sae, name)}, but training asks for {getattr(own, name)}."
+                )
+        if sae.config.normalize != "none":
+            raise ArgumentError("the SAE to start from normalises each token; such SAEs are not trained here.")
+        if (sae.is_transcoder, sae.config.skip) != (own.is_transcoder, own.config.skip):
+            raise ArgumentError(
+                "one is a transcoder and the other is not, or only one has a skip map: of the SAE to start from and the one "
+                "to train. Give site_out and skip as it has them."
+            )
+        norm = torch.linalg.vector_norm(sae.W_dec, dim=-1)
+        norm = torch.where(norm > 0, norm, 1.0) if self.unit_rows else torch.ones_like(norm)
+        shift = 0 if sae.config.subtract_b_dec or sae.is_transcoder else sae.b_dec @ sae.W_enc
+        own.W_enc.copy_(sae.W_enc * norm * (scale_out / scale_in))
+        own.b_enc.copy_((sae.b_enc + shift) * norm * scale_out)
+        own.W_dec.copy_(sae.W_dec / norm[:, None])
+        own.b_dec.copy_(sae.b_dec * scale_out)
+        if own.W_skip is not None and sae.W_skip is not None:
+            own.W_skip.copy_(sae.W_skip * (scale_out / scale_in))
+        self._take_threshold(None if sae.threshold is None else sae.threshold * norm * scale_out)
+
+    def _take_threshold(self, threshold: Tensor | None) -> None:
+        """Begin with the thresholds [d_sae], in scaled units, of the SAE started from, where the method learns any."""
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the parameters."""
@@ -249,6 +286,11 @@ class JumpReLUMethod(Method):
         loss = losses.squared_error(y, x_hat) + warm(step, config.resolved_sparsity_warmup_steps) * penalty
         return Terms(loss, x_hat, (acts.detach() > 0).sum(0, dtype=torch.float32))
 
+    def _take_threshold(self, threshold: Tensor | None) -> None:
+        assert self.sae.threshold is not None
+        if threshold is not None:
+            self.sae.threshold.copy_(threshold)
+
     @torch.no_grad()
     def after_step(self, taken: Tensor) -> None:
         # A negative threshold would let negative activations through in training, but not at inference.
@@ -280,6 +322,11 @@ class GatedMethod(ReLUMethod):
         loss = losses.squared_error(y, x_hat) + losses.squared_error(y, frozen)
         loss = loss + self._weight(step) * gate.sum(-1).mean()
         return Terms(loss, x_hat, self._count(acts))
+
+    def _take_threshold(self, threshold: Tensor | None) -> None:
+        self.b_mag.copy_(self.sae.b_enc)
+        if threshold is not None:
+            self.sae.b_enc.sub_(threshold)
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -7,7 +7,8 @@
     tokens: 100M
 
 Every setting of `TrainConfig` and of the training methods can be given; a list means each of its values. `saes:` holds a
-list of such tables, each with the settings around it. For the methods with a penalty `k` is the L0 to aim at.
+list of such tables, each with the settings around it. For the methods with a penalty `k` is the L0 to aim at. `site_out`
+names as many sites as `site`: the first is reconstructed from the first, and so on.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ def _combinations(
     axes = {name: _choices(name, value) for name, value in settings.items() if value is not None}
     if "site" not in axes:
         raise ArgumentError("no site is given. Say where the activations come from, e.g. site: layers.2.resid_post.")
-    axes["site"] = list(dict.fromkeys(site for pattern in axes["site"] for site in find_sites(str(pattern))))
+    axes["site"] = _found(axes["site"], find_sites)
+    if "site_out" in axes:
+        axes["site"] = _pairs(axes["site"], _found(axes.pop("site_out"), find_sites))
     kinds = [_kind(name) for name in axes.setdefault("activation", ["batchtopk"])]
     for name in axes:
         if not any(_has(kind, name) for kind in kinds):
@@ -104,6 +107,19 @@ def _combinations(
             raise ArgumentError(f"{name} = {settings[name]} has no meaning for {names}. Leave it out.")
     rows = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
     return [_config(row, width) for row in rows]
+
+
+def _found(patterns: list[Any], find_sites: Callable[[str], Sequence[str]]) -> list[Any]:
+    return list(dict.fromkeys(site for pattern in patterns for site in find_sites(str(pattern))))
+
+
+def _pairs(sites: list[str], outs: list[str]) -> list[Any]:
+    if len(sites) != len(outs):
+        raise ArgumentError(
+            f"site names {len(sites)} sites ({', '.join(sites)}) and site_out {len(outs)} ({', '.join(outs)}). Give as many "
+            "of both: the first is reconstructed from the first, and so on."
+        )
+    return list(zip(sites, outs, strict=True))
 
 
 def _choices(name: str, value: Any) -> list[Any]:
@@ -131,6 +147,8 @@ def _has(kind: type[Method], name: str) -> bool:
 
 def _config(row: dict[str, Any], width: Callable[[str], int]) -> TrainConfig:
     kind = _kind(row.pop("activation"))
+    if isinstance(row["site"], tuple):
+        row["site"], row["site_out"] = row["site"]
     own = {field.name for field in dataclasses.fields(kind)}
     method = {name: row.pop(name) for name in METHOD_SETTINGS & row.keys() & own}
     if "k" in own:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -21,7 +22,8 @@ from tqdm import tqdm
 from saehook import losses
 from saehook.batches import Batch, InputFacts, Stream
 from saehook.calibration import Calibration, Calibrator
-from saehook.config import BatchTopK, TrainConfig, method_to_dict
+from saehook.checkpoint import load_sae
+from saehook.config import BatchTopK, TrainConfig, activation_to_dict, method_to_dict
 from saehook.errors import ArgumentError, FileError, TrainingError, TrainingInterrupted
 from saehook.files import DISK_FULL, atomic_write
 from saehook.methods import Terms, make_method
@@ -87,6 +89,22 @@ class Run:
         changes any more; it is read when metrics are, so that no step needs a synchronisation."""
         self.metrics: dict[str, float] = {}
         """The last line of metrics."""
+        self.origin: dict[str, Any] = {}
+        """What is known of the SAE that training went on from; nothing where it began with random weights."""
+
+    def start_from(self, sae: SAE) -> None:
+        """Take over the weights of a finished SAE, before the first step.
+
+        Raises:
+            ShapeError, ArgumentError: it is not of the kind and size that the config asks for.
+        """
+        self.method.start_from(sae, self.facts.scale, self.target.scale)
+        self.origin = {
+            "site": sae.site,
+            "activation": activation_to_dict(sae.config.activation),
+            "tokens_seen": sae.metadata.get("tokens_seen"),
+            "W_dec_sha256": hashlib.sha256(sae.W_dec.detach().cpu().float().numpy().tobytes()).hexdigest(),
+        }
 
     @property
     def done(self) -> bool:
@@ -223,6 +241,7 @@ class Run:
             "steps": self.steps,
             "summed_steps": self.summed_steps,
             "metrics": self.metrics,
+            "origin": self.origin,
         }
         return tensors, data
 
@@ -246,6 +265,7 @@ class Run:
         for name, value in part("run").items():
             setattr(self, name, value)
         self.steps, self.summed_steps, self.metrics = data["steps"], data["summed_steps"], data["metrics"]
+        self.origin = data["origin"]
 
     @torch.no_grad()
     def finish(self) -> SAE:
@@ -272,6 +292,7 @@ class Run:
             "input_scale": self.facts.scale,
             **({"output_scale": scale} if sae.is_transcoder else {}),
             "tokens_seen": self.tokens,
+            **({"started_from": self.origin} if self.origin else {}),
             "training_metrics": dict(self.metrics),
         }
         return sae
@@ -295,12 +316,16 @@ def resolved_settings(config: TrainConfig, k_aux: int) -> dict[str, Any]:
     }
 
 
+def site_name(config: TrainConfig) -> str:
+    """The site, or both of a transcoder, e.g. `layers.2.mlp_in-transcoder-layers.2.mlp_out`."""
+    kind = "skip-transcoder" if config.skip else "transcoder"
+    return config.site if config.site_out is None else f"{config.site}-{kind}-{config.site_out}"
+
+
 def sae_name(config: TrainConfig) -> str:
     """How the logs call an SAE, e.g. `layers.2.resid_post-batchtopk32-4096`."""
     sparsity = config.k or config.target_l0 or config.sparsity_coefficient
-    kind = "skip-transcoder" if config.skip else "transcoder"
-    site = config.site if config.site_out is None else f"{config.site}-{kind}-{config.site_out}"
-    return f"{site}-{method_to_dict(config.activation)['name']}{sparsity:g}-{config.d_sae}"
+    return f"{site_name(config)}-{method_to_dict(config.activation)['name']}{sparsity:g}-{config.d_sae}"
 
 
 class Trainer:
@@ -396,9 +421,13 @@ class Trainer:
                 f"the activations ended after {available:,} tokens, and one step needs {self.batch_tokens:,}. "
                 "Give more text, or a smaller batch_tokens."
             )
-        return self._make_runs(
+        runs = self._make_runs(
             {site: InputFacts.measure(sample, site) for site, sample in stream.peek(SAMPLE_TOKENS).items()}
         )
+        for run in runs:
+            if run.config.init is not None:
+                run.start_from(load_sae(run.config.init, device=self.device))
+        return runs
 
     def _make_runs(self, facts: Mapping[str, InputFacts]) -> list[Run]:
         names: list[str] = []

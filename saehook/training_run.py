@@ -27,7 +27,7 @@ from saehook.reports import write_report
 from saehook.run_state import checkpoints
 from saehook.sae import SAE
 from saehook.tokenization import Windows, tokenizer_sha256, window_size
-from saehook.trainer import CHECKPOINT_SECONDS, METRICS, Trainer, sae_name
+from saehook.trainer import CHECKPOINT_SECONDS, METRICS, Trainer, sae_name, site_name
 
 FINGERPRINT_TOKENS = 256
 CHECKPOINTS = "checkpoints"
@@ -88,7 +88,7 @@ def train_saes(
     """
     if not configs:
         raise ArgumentError("there is nothing to train. Give at least one TrainConfig.")
-    sites = {config.site: model.sites(config.site) for config in configs}
+    sites = {name: model.sites(name) for config in configs for name in config.sites}
     for name, found in sites.items():
         if len(found) != 1:
             raise ArgumentError(f"{name!r} names {len(found)} sites; a TrainConfig has exactly one.")
@@ -159,7 +159,9 @@ def train_saes(
         sae.metadata |= copy.deepcopy(source)
         stored = sae.to(dtype) if dtype is not None else sae
         stored = stored.to(torch.float32)  # what a reader of the file gets
-        stored.metadata["fingerprint"] = model.fingerprint(sae.site, stored, sample[:FINGERPRINT_TOKENS])
+        stored.metadata["fingerprint"] = model.fingerprint(
+            sae.site, stored, sample[:FINGERPRINT_TOKENS], site_out=sae.site_out
+        )
         save_sae(stored, folder, dtype=dtype)
         trained.append(TrainedSAE(stored, folder))
     evaluation = None if held_out is None else _evaluate(model, trained, held_out, out, dtype, progress)
@@ -197,11 +199,11 @@ def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
 
 
 def _folder(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
-    """The site, and more where several configs share it."""
-    name = config.site.replace(":", ".")
-    if sum(other.site == config.site for other in configs) == 1:
-        return name
-    return f"{name}-{sae_name(config).removeprefix(config.site + '-')}-seed{config.seed}"
+    """The site or sites, and more where several configs share them."""
+    name = site_name(config)
+    if sum(site_name(other) == name for other in configs) > 1:
+        name = f"{sae_name(config)}-seed{config.seed}"
+    return name.replace(":", ".")
 
 
 def _evaluate(

@@ -200,8 +200,8 @@ def test_bad_numbers_change_nothing_and_leave_the_last_checkpoint(tmp_path, what
         if what == "loss":
             runs[0].facts.variance.mul_(1)
             terms = runs[0].method.terms
-            runs[0].method.terms = lambda x, step, scratch=None: (  # type: ignore[method-assign]
-                (t := terms(x, step, scratch))._replace(loss=t.loss * (float("inf") if step == 71 else 1))
+            runs[0].method.terms = lambda x, y, step, scratch=None: (  # type: ignore[method-assign]
+                (t := terms(x, y, step, scratch))._replace(loss=t.loss * (float("inf") if step == 71 else 1))
             )
         return runs
 

@@ -1,0 +1,195 @@
+"""Transcoders: one site reconstructed from another, in every method, and files of them; and training from a finished SAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from planted import D_IN, planted
+from torch import Tensor
+
+from saehook.batches import InputFacts
+from saehook.checkpoint import load_sae, save_sae
+from saehook.config import (
+    Activation,
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    Matryoshka,
+    Method,
+    MultiTopK,
+    ReLU,
+    SAEConfig,
+    TopK,
+    TrainConfig,
+)
+from saehook.errors import ArgumentError, ShapeError
+from saehook.metrics import Reconstruction
+from saehook.sae import SAE
+from saehook.trainer import Run, Trainer
+
+IN, OUT = "layers.0.mlp_in", "layers.0.mlp_out"
+D_OUT, D_SAE = 16, 64
+METHODS: list[tuple[Method, dict[str, Any]]] = [
+    (ReLU(), {"target_l0": 4}),
+    (TopK(k=4), {}),
+    (MultiTopK(k=4), {}),
+    (BatchTopK(k=4), {}),
+    (Matryoshka(k=4, fractions=(0.5, 0.5)), {}),
+    (JumpReLU(), {"target_l0": 4}),
+    (Gated(), {"target_l0": 4}),
+]
+
+
+def pairs(n: int, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs made of planted directions; outputs with a direction of their own for each, a linear part and an offset."""
+    x, directions = planted(n, seed)
+    draw = torch.Generator().manual_seed(5)
+    out = F.normalize(torch.randn(len(directions), D_OUT, generator=draw), dim=-1)
+    linear = torch.randn(D_IN, D_OUT, generator=draw) / 10
+    strengths = (x / 7 - 0.5) @ torch.linalg.pinv(directions)
+    return {IN: x, OUT: 3 * ((strengths - 0.4).relu() @ out) + x @ linear - 2}
+
+
+def config(activation: Method, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "site": IN,
+        "site_out": OUT,
+        "d_sae": D_SAE,
+        "tokens": 12_800,
+        "batch_tokens": 256,
+        "lr": 3e-3,
+        "calibration_tokens": 4000,
+    }
+    return TrainConfig(activation=activation, **settings | changes)
+
+
+def fvu(sae: SAE, seed: int = 77) -> float:
+    data, measured = pairs(4000, seed), Reconstruction()
+    with torch.no_grad():
+        measured.update(data[OUT], sae(data[IN]).x_hat)
+    return measured.fvu
+
+
+@pytest.mark.parametrize(("activation", "settings"), METHODS, ids=lambda v: type(v).__name__)
+def test_every_method_trains_a_transcoder(activation, settings):
+    batches = (pairs(2048, seed) for seed in range(9))
+    configs = [config(activation, **settings), config(activation, skip=True, **settings)]
+    plain, skip = Trainer(configs, batches, d_in={IN: D_IN, OUT: D_OUT}, progress=False).fit()
+    assert (plain.site, plain.site_out, plain.d_out) == (IN, OUT, D_OUT)
+    assert fvu(plain) < 0.8
+    assert fvu(skip) < 0.8 * fvu(plain), "the linear part is what a skip map can take over"
+    assert skip.metadata["output_scale"] != skip.metadata["input_scale"]
+    torch.testing.assert_close(plain.W_dec.norm(dim=-1), torch.ones(D_SAE))
+
+
+def test_a_transcoder_of_raw_activations_is_that_of_scaled_ones():
+    data = pairs(600)
+    facts = {site: InputFacts.measure(x, site) for site, x in data.items()}
+    run = Run(config(TopK(k=4), skip=True), "name", facts[IN], facts[OUT])
+    draw = torch.Generator().manual_seed(1)
+    for parameter in run.method.parameters.values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    run.sae.W_dec.data = F.normalize(run.sae.W_dec, dim=-1)
+    scaled = run.method.terms(data[IN] * facts[IN].scale, data[OUT] * facts[OUT].scale, 0).x_hat.detach()
+    out = run.finish()(data[IN])
+    torch.testing.assert_close(out.x_hat.detach() * facts[OUT].scale, scaled, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [ReLU(), TopK(k=5), BatchTopK(k=5), JumpReLU()], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoder_comes_back_from_its_file(tmp_path, activation: Activation, skip):
+    settings = SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, subtract_b_dec=False, d_out=D_OUT, skip=skip)
+    sae = SAE(settings, site=IN, site_out=OUT)
+    for parameter in sae.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    if isinstance(activation, BatchTopK):
+        sae.set_threshold(0.3)
+    again = load_sae(save_sae(sae, tmp_path / "sae"))
+    assert (again.config, again.site, again.site_out) == (settings, IN, OUT)
+    x = torch.randn(30, D_IN)
+    assert torch.equal(again(x).x_hat, sae(x).x_hat)
+    expected = sae.encode(x) @ sae.W_dec + sae.b_dec + (x @ sae.W_skip.T if skip else 0)
+    torch.testing.assert_close(again(x).x_hat, expected)
+    if skip:
+        with pytest.raises(ArgumentError, match="skip map"):
+            sae.decode(sae.encode(x))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"d_out": 3}, "subtract_b_dec=False"),
+        ({"skip": True}, "Give d_out"),
+        ({"d_out": 3, "subtract_b_dec": False, "normalize": "layer_norm"}, "not supported"),
+        ({"d_out": 0, "subtract_b_dec": False}, "d_out is 0"),
+    ],
+)
+def test_impossible_transcoders(changes, match):
+    with pytest.raises(ArgumentError, match=match):
+        SAEConfig(d_in=4, d_sae=8, activation=ReLU(), **changes)
+
+
+def test_impossible_training():
+    with pytest.raises(ArgumentError, match="Give site_out"):
+        config(TopK(k=4), site_out=None, skip=True)
+    with pytest.raises(ArgumentError, match="leave it out"):
+        config(TopK(k=4), site_out=IN)
+
+
+# --- from a finished SAE ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("activation", "settings"), METHODS, ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("kind", ["sae", "no b_dec", "transcoder"])
+def test_training_starts_from_the_very_function_of_an_sae(activation, settings, kind):
+    """Without a step the finished SAE is the one that training began with."""
+    transcoder = kind == "transcoder"
+    of_methods = {MultiTopK: TopK(k=4), Matryoshka: BatchTopK(k=4), Gated: JumpReLU()}
+    shape = SAEConfig(
+        d_in=D_IN,
+        d_sae=D_SAE,
+        activation=of_methods.get(type(activation), activation),
+        subtract_b_dec=kind == "sae",
+        d_out=D_OUT if transcoder else None,
+        skip=transcoder,
+    )
+    start = SAE(shape, site=IN)
+    draw = torch.Generator().manual_seed(2)
+    for parameter in start.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=draw)
+    if start.config.activation in (JumpReLU(), BatchTopK(k=4)):
+        start.set_threshold(torch.rand(D_SAE, generator=draw))
+    data = pairs(500)
+    facts = {site: InputFacts.measure(x, site) for site, x in data.items()}
+    where = {"site_out": OUT, "skip": True} if transcoder else {"site_out": None}
+    run = Run(config(activation, **settings, **where), "name", facts[IN], facts[OUT] if transcoder else None)
+    run.start_from(start)
+    run.optimizer.taken = run.steps = 1
+    finished = run.finish()
+    x = data[IN] / 7
+    pre_acts = start.pre_acts(x) * start.W_dec.norm(dim=-1)
+    torch.testing.assert_close(finished.pre_acts(x), pre_acts, rtol=1e-4, atol=1e-4)
+    if not isinstance(activation, (BatchTopK, Matryoshka, TopK, MultiTopK)):
+        torch.testing.assert_close(finished(x).x_hat, start(x).x_hat, rtol=1e-4, atol=1e-3)
+    assert finished.metadata["started_from"]["site"] == IN
+
+
+def test_further_training_begins_where_the_first_ended(tmp_path):
+    def batches(seed: int):
+        return (planted(2048, seed + i)[0] for i in range(18))
+
+    def train(tokens: int, **changes: Any) -> tuple[SAE, list[Run]]:
+        one = config(TopK(k=3), site_out=None, tokens=tokens, **changes)
+        trainer = Trainer([one], batches(tokens), d_in=D_IN, progress=False, log_dir=tmp_path / f"{tokens}")
+        return trainer.fit()[0], trainer.runs
+
+    first, _ = train(30_000)
+    save_sae(first, tmp_path / "first")
+    _, runs = train(5120, init=str(tmp_path / "first"), lr=1e-4)
+    _, fresh = train(5120, lr=1e-4)
+    assert runs[0].metrics["fvu"] < 0.5 * fresh[0].metrics["fvu"]
+    with pytest.raises(ShapeError, match="d_sae = 64"):
+        train(5120, init=str(tmp_path / "first"), d_sae=32)
