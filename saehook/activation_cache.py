@@ -68,7 +68,8 @@ def cache_key(
 
     `weights` is the `weights_fingerprint`, so that a fine-tuned model of the same name has keys of its own; `text_sha256`
     the `corpus.text_hash`; `order` what decides in which order the documents are read and whether they begin again; `window`
-    the tokens in a window; `mask_rule` which tokens count.
+    the tokens in a window; `mask_rule` which tokens count as far as their ids decide it: outliers are stored, too,
+    since what is an outlier at one site of a run is left out at all of them.
     """
     facts = dict(locals())  # the arguments, all of them
     return hashlib.sha256(json.dumps({"schema": SCHEMA, **facts}, sort_keys=True).encode()).hexdigest()
@@ -98,7 +99,9 @@ def weights_fingerprint(lm: Any) -> str:
     return digest.hexdigest()
 
 
-def lm_pass(model: HookedModel, sites: Sequence[str], windows: Callable[[], Iterator[Tensor]]) -> Make:
+def lm_pass(
+    model: HookedModel, sites: Sequence[str], windows: Callable[[], Iterator[Tensor]], skip_first_tokens: int = 0
+) -> Make:
     """What `ActivationCache.chunks` makes missing activations with: the language model on text.
 
     Whole forward passes are skipped, so that each row is computed beside the same other rows, to the same bits, as in
@@ -113,11 +116,11 @@ def lm_pass(model: HookedModel, sites: Sequence[str], windows: Callable[[], Iter
         rest = iter(windows())
         for first in rest:
             batch = [first, *itertools.islice(rest, max(1, TOKENS_PER_FORWARD // len(first)) - 1)]
-            kept = int(keep_mask(torch.stack(batch), None, special).sum())
+            kept = int(keep_mask(torch.stack(batch), None, special, skip_first_tokens).sum())
             if kept <= skip:
                 skip -= kept
                 continue
-            for chunk in activations_of(model, sites, itertools.chain(batch, rest)):
+            for chunk in activations_of(model, sites, itertools.chain(batch, rest), skip_first_tokens):
                 yield {site: x[skip:] for site, x in chunk.items()}
                 skip -= min(skip, len(chunk[sites[0]]))
 

@@ -10,6 +10,7 @@ Files are never unpickled. Names, shapes and dtypes are checked against `cfg.jso
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -29,6 +30,7 @@ from saehook.config import (
     TopK,
     activation_from_dict,
     activation_to_dict,
+    mask_rule_from_data,
 )
 from saehook.errors import ArgumentError, FileError, FormatError, MissingStatError
 from saehook.files import atomic_write, atomically
@@ -98,6 +100,7 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
             "site": sae.site,
             **({"site_out": sae.site_out} if sae.is_transcoder else {}),
             **{key: value for key, value in sae.metadata.items() if key != "saelens"},
+            "mask_rule": dataclasses.asdict(sae.mask_rule),
         },
     }
     try:
@@ -118,7 +121,7 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
 
 _WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 _STATS = ("max_act", "density", "mean_act")
-_OURS = {"schema", "activation", "site", "site_out", "saelens"}
+_OURS = {"schema", "activation", "site", "site_out", "mask_rule", "saelens"}
 """What stands under `metadata.saehook` and is no metadata of the SAE."""
 
 
@@ -182,6 +185,11 @@ def load_sae(path: str | Path, *, device: str | torch.device | None = None, dtyp
         setattr(sae, name, nn.Parameter(tensor))
     if (path / STATS).exists():
         sae.stats = _read_stats(path / STATS, config.d_sae)
+    if "mask_rule" in ours:
+        try:
+            sae.mask_rule = mask_rule_from_data(ours["mask_rule"])
+        except FormatError as error:
+            raise FormatError(f"{path / CONFIG}: {error}") from None
     sae.metadata = {key: value for key, value in ours.items() if key not in _OURS}
     known = {"saehook", "sae_lens_version", "training_architecture", "hf_hook_name", "hf_hook_name_out"}
     foreign = {key: value for key, value in metadata.items() if key not in known}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saehook.bundle import bundled
-from saehook.config import METHODS, TrainConfig, activation_to_dict, count
+from saehook.config import MAX_NORM_RATIO, METHODS, TrainConfig, activation_to_dict, count
 from saehook.errors import ArgumentError, SaehookError, TrainingInterrupted
 
 if TYPE_CHECKING:
@@ -149,6 +149,18 @@ def _add_training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--eval-tokens", type=_count, metavar="N", help=f"0 skips the evaluation (default: {EVAL_TOKENS})")
     sub.add_argument(
         "--repeat", action="store_true", default=None, help="begin the text again when it ends before --tokens"
+    )
+    sub.add_argument(
+        "--skip-first-tokens",
+        type=_count,
+        metavar="N",
+        help="leave out so many tokens at the start of each window (default: 0)",
+    )
+    sub.add_argument(
+        "--max-norm-ratio",
+        type=float,
+        metavar="N",
+        help=f"leave out tokens with more than so many times the median norm; 0 is off (default: {MAX_NORM_RATIO:g})",
     )
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored weights (default: float32)")
     sub.add_argument(
@@ -365,6 +377,8 @@ def train(arguments: argparse.Namespace) -> None:
         out,
         held_out=held_out,
         repeat=bool(settings.get("repeat")),
+        skip_first_tokens=count(settings.get("skip_first_tokens", 0)),
+        max_norm_ratio=_number(settings, "max_norm_ratio", MAX_NORM_RATIO),
         dtype=getattr(torch, dtype),
         cache=None if settings.get("cache") is None else Path(settings["cache"]),
         resume=arguments.resume is not None,
@@ -417,6 +431,14 @@ def _settings_of(sae: SAE) -> dict[str, Any]:
     settings = {"activation": facts.pop("name"), **facts, "d_sae": sae.d_sae, "skip": sae.config.skip or None}
     settings |= {"site": sae.site, "site_out": sae.site_out}
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _number(settings: dict[str, Any], name: str, default: float) -> float:
+    """A setting as a number; YAML reads some, such as 1e3, as text."""
+    try:
+        return float(settings.get(name, default))
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{name} = {settings[name]!r} is no number.") from None
 
 
 def _listed(value: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,75 @@ def activation_from_dict(data: dict[str, Any]) -> Activation:
     if set(fields) != known:
         raise FormatError(f"the activation function {data!r} should have exactly the fields {sorted(known)}.")
     return kind(**fields)
+
+
+MAX_NORM_RATIO = 10.0
+"""What training leaves out by default: tokens with more than ten times the median norm, as `dictionary_learning` does for
+Qwen. Attention sinks have 30 to 100 times the median and more, whatever the token and its place, and would decide the input
+scale, b_dec and the FVU; ordinary tokens stay below 10 (the bundled model: below 2.3 in the residual stream, 9.8 at an MLP)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRule:
+    """Which tokens count for an SAE: those that are attended and no special token, less what the fields leave out.
+
+    Other tokens are not trained on, keep their activation in splice, ablation and edits, and are in no metric. An edit of
+    `tokens(...)` acts on them all the same.
+    """
+
+    skip_first_tokens: int = 0
+    """So many tokens at the start of each row, counted from its first attended one, special tokens included."""
+    max_norm_ratio: float | None = None
+    """Tokens whose ‖x‖ is more than this many times `median_norm`; None: none."""
+    median_norm: float | None = None
+    """The median ‖x‖ at the site, a recorded number: whether a token counts depends on no other token."""
+
+    def __post_init__(self) -> None:
+        skip = self.skip_first_tokens
+        if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
+            raise ArgumentError(f"MaskRule.skip_first_tokens is {skip!r}; a whole number of at least 0 is expected.")
+        if (self.max_norm_ratio is None) != (self.median_norm is None):
+            raise ArgumentError(
+                f"MaskRule.max_norm_ratio is {self.max_norm_ratio!r} and median_norm is {self.median_norm!r}; both or "
+                "neither are expected."
+            )
+        if self.max_norm_ratio is not None:
+            _number(self, "max_norm_ratio", 1.0, sys.float_info.max)
+            _number(self, "median_norm", sys.float_info.min, sys.float_info.max)
+
+    @property
+    def max_norm(self) -> float | None:
+        """The largest ‖x‖ of a token that counts; None where any does."""
+        if self.max_norm_ratio is None or self.median_norm is None:
+            return None
+        return self.max_norm_ratio * self.median_norm
+
+    def __str__(self) -> str:
+        text = "attended, and the id is not the tokenizer's bos, eos or pad"
+        if self.skip_first_tokens:
+            text += f"; not the first {self.skip_first_tokens} of a row"
+        if self.max_norm is not None:
+            text += f"; norm at most {self.max_norm:.6g} = {self.max_norm_ratio:g} x the median"
+        return text
+
+
+def mask_rule_from_data(data: Any) -> MaskRule:
+    """A rule from what a file says: its fields, or, in files of earlier versions, the words of the rule without fields.
+
+    Raises:
+        FormatError: other words, an unknown or missing field, or a wrong value.
+    """
+    if data == str(MaskRule()):
+        return MaskRule()
+    known = [f.name for f in dataclasses.fields(MaskRule)]
+    if not isinstance(data, dict) or set(data) != set(known):
+        raise FormatError(
+            f"the mask rule is {data!r}; an object with exactly the fields {', '.join(known)} is expected."
+        )
+    try:
+        return MaskRule(**data)
+    except ArgumentError as error:
+        raise FormatError(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 z = encode(x), after the activation function. Edits apply in listed order to z. With the error kept
     x' = x + σ(x) · Σ (z'_i - z_i) W_dec[i]     over the edited latents, in float32, cast back to the dtype of x;
-with the error dropped x' = decode(z') on the tokens that an edit selects; spliced, on the whole mask. A token that nothing
-selects keeps its bits. σ is 1, or the token's scale where the SAE normalises each token.
+with the error dropped x' = decode(z') on the tokens that an edit selects; spliced, on the whole mask of the SAE. A token that
+nothing selects keeps its bits. σ is 1, or the token's scale where the SAE normalises each token.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from saehook.config import MaskRule
 from saehook.errors import ArgumentError
 from saehook.interventions import Edit, Program
 from saehook.positions import TokenView
@@ -105,12 +106,13 @@ class EditAction:
             return x
         x32 = x.float()
         norm = torch.linalg.vector_norm(x32, dim=-1)
+        keep = view.mask(sae.mask_rule, norm)
         scale = sae.scale(x32)
         acts = sae.encode(x) if program.drops_error or self.reads_latents else None
         current = acts[..., self.latents].float() if acts is not None else None
         delta, touched = None, None
         for p in active:
-            selected = view.select(p.edit.where).to(x.device)
+            selected = view.select(p.edit.where, keep)
             change = self._change(p, current, norm if scale is None else norm / scale.squeeze(-1))
             change = torch.where(selected[..., None], change, 0.0)
             if current is not None:
@@ -123,8 +125,7 @@ class EditAction:
         if program.drops_error:
             assert acts is not None
             assert current is not None
-            if program.splice:  # named special tokens are outside the mask, and edited all the same
-                keep = view.keep.to(x.device)
+            if program.splice:  # tokens outside the mask that an edit names are edited all the same
                 touched = keep if touched is None else keep | touched
             if active:
                 acts = acts.index_copy(-1, self.latents, current.to(acts.dtype))
@@ -158,12 +159,13 @@ class EditAction:
 class ReplaceAction:
     """A fixed vector on every token of the mask: zero and mean ablation."""
 
-    def __init__(self, vector: Tensor) -> None:
-        """`vector`: [d]."""
-        self.vector = vector
+    def __init__(self, vector: Tensor, rule: MaskRule) -> None:
+        """`vector`: [d]; `rule`: of the SAE whose mask is meant."""
+        self.vector, self.rule = vector, rule
 
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
-        return torch.where(view.keep.to(x.device)[..., None], self.vector.to(x.device, x.dtype), x)
+        keep = view.mask(self.rule, torch.linalg.vector_norm(x.float(), dim=-1))
+        return torch.where(keep[..., None], self.vector.to(x.device, x.dtype), x)
 
 
 class StopForward(Exception):
@@ -175,11 +177,18 @@ class ReadAction:
 
     def __init__(self, group: list[ReadAction], *, stop: bool) -> None:
         self.value: Tensor | None = None
+        self.view: TokenView | None = None
         self.group, self.stop = group, stop
         group.append(self)
 
+    def mask(self, rule: MaskRule) -> Tensor:
+        """Which tokens of the value [rows, n, d] count for an SAE with that rule, [rows, n], on the value's device."""
+        assert self.value is not None
+        assert self.view is not None
+        return self.view.mask(rule, torch.linalg.vector_norm(self.value.float(), dim=-1))
+
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
-        self.value = x
+        self.value, self.view = x, view
         if self.stop and all(reader.value is not None for reader in self.group):
             raise StopForward
         return x

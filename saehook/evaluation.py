@@ -1,8 +1,9 @@
 """Splice-in evaluation: what the language model loses when SAE reconstructions take the place of its activations.
 
 Every variant runs on the same windows: clean, spliced, zero-ablated and mean-ablated (the mean over the whole set), per
-site and at all sites together. Reconstruction, zero and mean act on the mask (`tokenization.keep_mask`); special tokens
+site and at all sites together. Reconstruction, zero and mean act on the mask of the SAE (`config.MaskRule`); other tokens
 keep their activation. Losses are means over the positions whose own token is in the mask, in nats; sums are float64.
+Which tokens are outliers is read off the clean run, so all variants of a row have the same positions.
 
     delta_ce           = ce_spliced - ce_clean
     ce_recovered_zero  = (ce_zero - ce_spliced) / (ce_zero - ce_clean), and likewise for the mean
@@ -10,7 +11,8 @@ keep their activation. Losses are means over the positions whose own token is in
     fvu                = Σ‖x - x_hat‖² / Σ‖x - mean‖²   with the mean over all tokens
     dead_share         = share of latents that fired on none of the tokens
 
-The joint row pools: one FVU over all sites, L0 summed over sites, the share of all latents.
+The joint row pools: one FVU over all sites, L0 summed over sites, the share of all latents; its losses are those of the
+tokens that are in all masks.
 """
 
 from __future__ import annotations
@@ -35,12 +37,11 @@ from saehook.hooked_saes import HookedSAEs
 from saehook.interventions import Program
 from saehook.metrics import Firing, Mean, Reconstruction
 from saehook.sae import LatentStats
-from saehook.tokenization import Windows, keep_mask, special_ids, tokenizer_sha256
+from saehook.tokenization import Windows, tokenizer_sha256
 
 ALL = "all"
 MAX_LOGITS = 2**24
 """Logits of one batch; a batch has as many windows as fit, and at least one."""
-MASK_RULE = "attended, and the id is not the tokenizer's bos, eos or pad"
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,13 @@ class EvalResult:
             )
             for line in lines
         )
-        tokens = self.results[0].tokens if self.results else 0
-        return f"{text}\n{tokens:,} tokens; losses in nats per token; dead: fired on none of them"
+        tokens = dict.fromkeys(f"{row.tokens:,}" for row in self.results)
+        notes = [f"{' / '.join(tokens)} tokens; losses in nats per token; dead: fired on none of them"]
+        rules = {site: sae["mask_rule"] for site, sae in self.provenance.get("saes", {}).items() if "mask_rule" in sae}
+        for rule in dict.fromkeys(rules.values()):
+            sites = ", ".join(site for site in rules if rules[site] == rule)
+            notes.append(f"tokens that count{f' at {sites}' if len(set(rules.values())) > 1 else ''}: {rule}")
+        return "\n".join([text, *notes])
 
 
 @dataclass
@@ -165,14 +171,10 @@ def evaluate(
         ArgumentError: no window, windows of a single token, or no token that counts.
     """
     ids = tokens.ids if isinstance(tokens, Windows) else tokens
-    special = special_ids(hooked.tokenizer)
     if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
         raise ArgumentError(
             f"the windows have shape {tuple(ids.shape)}; at least one of at least two tokens is expected."
         )
-    n_tokens = int(keep_mask(ids, None, special).sum())
-    if not keep_mask(ids[:, :-1], None, special).any():
-        raise ArgumentError("the windows hold special tokens only, so there is nothing to measure. Give real text.")
     rows = max(1, MAX_LOGITS // (ids.shape[1] * hooked.lm.get_input_embeddings().num_embeddings))
     batches = ids.split(rows)
     sites = hooked.sites
@@ -180,21 +182,30 @@ def evaluate(
     n_variants = 3 * (len(sites) + together) + 2
     with tqdm(total=n_variants * len(batches), desc="evaluating", unit="pass", disable=not progress) as bar:
         measured = {site: (Reconstruction(), Firing()) for site in sites}
+        masks: dict[str, list[Tensor]] = {site: [] for site in sites}
         for batch in batches:
-            _measure(hooked, batch, special, measured)
+            _measure(hooked, batch, measured, masks)
             bar.update()
+        if together:
+            masks[ALL] = [torch.stack(parts).all(0) for parts in zip(*masks.values(), strict=True)]
+        for name, parts in masks.items():
+            if not any(mask[:, :-1].any() for mask in parts):
+                raise ArgumentError(
+                    f"no token of the windows that predicts another is in the mask of {name}, so there is nothing to "
+                    "measure. Give real text."
+                )
         variants = _variants(hooked, {site: m[0].x.mean.float() for site, m in measured.items()}, together)
-        clean_ce = Mean()
-        for batch in batches:
-            _score(hooked, batch, special, clean_ce, variants, bar)
+        clean_ce = {name: Mean() for name in masks}
+        for i, batch in enumerate(batches):
+            _score(hooked, batch, {name: parts[i] for name, parts in masks.items()}, clean_ce, variants, bar)
 
     def row(name: str, site: str, fvu: float, l0: float, dead: float) -> EvalRow:
         ce = {kind: variants[site, kind].ce.value for kind in ("spliced", "zero", "mean")}
-        clean = clean_ce.value
+        clean = clean_ce[site].value
         return EvalRow(
             sae=name,
             site=site,
-            tokens=n_tokens,
+            tokens=sum(int(mask.sum()) for mask in masks[site]),
             ce_clean=clean,
             ce_spliced=ce["spliced"],
             ce_zero=ce["zero"],
@@ -217,7 +228,7 @@ def evaluate(
         dead = sum(m[1].dead_share * n for m, n in zip(pooled, n_latents, strict=True)) / sum(n_latents)
         fvu = _ratio(sum(m[0].error for m in pooled), sum(m[0].x.variance for m in pooled))
         results.append(row(ALL, ALL, fvu, sum(m[1].l0 for m in pooled), dead))
-    return EvalResult(results, _provenance(hooked, tokens, n_tokens))
+    return EvalResult(results, _provenance(hooked, tokens))
 
 
 def _ratio(numerator: float, denominator: float) -> float:
@@ -225,30 +236,40 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 
 def _measure(
-    hooked: HookedSAEs, ids: Tensor, special: tuple[int, ...], measured: dict[str, tuple[Reconstruction, Firing]]
+    hooked: HookedSAEs,
+    ids: Tensor,
+    measured: dict[str, tuple[Reconstruction, Firing]],
+    masks: dict[str, list[Tensor]],
 ) -> None:
-    """Reconstruction and firing at every site, on clean activations."""
-    for site, x in read_sites(hooked, ids, special).items():
-        out = hooked.saes[site](x)
-        measured[site][0].update(x, out.x_hat)
-        measured[site][1].update(out.acts)
+    """Reconstruction and firing at every site, on clean activations; and the mask of every SAE, [rows, length]."""
+    for site, (x, mask) in read_sites(hooked, ids).items():
+        masks[site].append(mask)
+        if len(x):
+            out = hooked.saes[site](x)
+            measured[site][0].update(x, out.x_hat)
+            measured[site][1].update(out.acts)
 
 
-def read_sites(hooked: HookedSAEs, ids: Tensor, special: tuple[int, ...]) -> dict[str, Tensor]:
-    """Clean activations of the tokens of the mask at every attached site, [n, width]."""
+def read_sites(hooked: HookedSAEs, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """At every attached site, the clean activations of the tokens in its SAE's mask, [n, width], and that mask,
+    [rows, length] bool on the CPU."""
     group: list[ReadAction] = []
     readers = {site: ReadAction(group, stop=True) for site in hooked.sites}
     hooked.run(ids, readers)
-    mask = keep_mask(ids, None, special)
-    return {site: r.value[mask.to(r.value.device)] for site, r in readers.items() if r.value is not None}
+    found = {}
+    for site, reader in readers.items():
+        assert reader.value is not None
+        mask = reader.mask(hooked.saes[site].mask_rule)
+        found[site] = reader.value[mask], mask.cpu()
+    return found
 
 
 def _variants(hooked: HookedSAEs, means: Mapping[str, Tensor], together: bool) -> dict[tuple[str, str], _Variant]:
     splice = Program(splice=True)
     actions: dict[str, dict[str, Action]] = {
         "spliced": {site: EditAction(sae, [], splice) for site, sae in hooked.saes.items()},
-        "zero": {site: ReplaceAction(torch.zeros(sae.d_in)) for site, sae in hooked.saes.items()},
-        "mean": {site: ReplaceAction(mean) for site, mean in means.items()},
+        "zero": {site: ReplaceAction(torch.zeros(sae.d_in), sae.mask_rule) for site, sae in hooked.saes.items()},
+        "mean": {site: ReplaceAction(mean, hooked.saes[site].mask_rule) for site, mean in means.items()},
     }
     variants = {
         (site, kind): _Variant({site: by_site[site]}) for site in hooked.sites for kind, by_site in actions.items()
@@ -261,14 +282,15 @@ def _variants(hooked: HookedSAEs, means: Mapping[str, Tensor], together: bool) -
 def _score(
     hooked: HookedSAEs,
     ids: Tensor,
-    special: tuple[int, ...],
-    clean_ce: Mean,
+    masks: Mapping[str, Tensor],
+    clean_ce: Mapping[str, Mean],
     variants: Mapping[tuple[str, str], _Variant],
     bar: Any,
 ) -> None:
-    """Losses of one batch in all variants."""
-    counted = keep_mask(ids[:, :-1], None, special)
-    targets = ids[:, 1:][counted]
+    """Losses of one batch in all variants; `masks` by site, [rows, length]."""
+    counted = torch.stack(list(masks.values())).any(0)[:, :-1]
+    inside = {name: mask[:, :-1][counted] for name, mask in masks.items()}
+    targets = ids[:, 1:][counted.to(ids.device)][:, None]
 
     def log_probs(actions: Mapping[str, Action]) -> Tensor:
         logits = hooked.run(ids, actions).logits[:, :-1]
@@ -276,36 +298,40 @@ def _score(
         return logits[counted.to(logits.device)].float().log_softmax(-1)
 
     clean = log_probs({})
-    targets = targets.to(clean.device)[:, None]
-    clean_ce.update(-clean.gather(1, targets))
+    targets = targets.to(clean.device)
+    inside = {name: mask.to(clean.device) for name, mask in inside.items()}
+    clean_losses = -clean.gather(1, targets)
+    for name, mean in clean_ce.items():
+        mean.update(clean_losses[inside[name]])
     probs = clean.exp()
-    for (_, kind), variant in variants.items():
+    for (name, kind), variant in variants.items():
         new = log_probs(variant.actions)
-        variant.ce.update(-new.gather(1, targets))
+        variant.ce.update(-new.gather(1, targets)[inside[name]])
         if kind == "spliced":
-            variant.kl.update((probs * (clean - new)).sum(-1))
+            variant.kl.update((probs * (clean - new)).sum(-1)[inside[name]])
 
 
 def measure_stats(hooked: HookedSAEs, tokens: Windows | Tensor, *, progress: bool = True) -> dict[str, LatentStats]:
     """Per-latent statistics of every attached SAE on text, by site; what `unit="max"` needs."""
     ids = tokens.ids if isinstance(tokens, Windows) else tokens
-    special = special_ids(hooked.tokenizer)
     firing = {site: Firing() for site in hooked.sites}
     with torch.no_grad():
         for batch in tqdm(
             ids.split(max(1, 4096 // ids.shape[1])), desc="measuring", unit="batch", disable=not progress
         ):
-            for site, x in read_sites(hooked, batch, special).items():
+            for site, (x, _) in read_sites(hooked, batch).items():
                 firing[site].update(hooked.saes[site].encode(x))
     stats = {}
     for site, f in firing.items():
         if f.count is None:
-            raise ArgumentError("the text holds special tokens only, so there is nothing to measure. Give real text.")
+            raise ArgumentError(
+                f"no token of the text is in the mask of the SAE at {site}, so there is nothing to measure. Give real text."
+            )
         stats[site] = stats_of(f)
     return stats
 
 
-def _provenance(hooked: HookedSAEs, tokens: Windows | Tensor, n_tokens: int) -> dict[str, Any]:
+def _provenance(hooked: HookedSAEs, tokens: Windows | Tensor) -> dict[str, Any]:
     text = (
         {
             "sha256": tokens.text_sha256,
@@ -329,12 +355,11 @@ def _provenance(hooked: HookedSAEs, tokens: Windows | Tensor, n_tokens: int) -> 
             site: {
                 "activation": activation_to_dict(sae.config.activation),
                 "dtype": str(sae.dtype).removeprefix("torch."),
+                "mask_rule": str(sae.mask_rule),
             }
             for site, sae in hooked.saes.items()
         },
         "text": text,
-        "tokens": n_tokens,
-        "mask_rule": MASK_RULE,
-        "position_rule": "losses at positions whose own token is in the mask; special tokens keep their activation",
+        "position_rule": "losses at positions whose own token is in the mask; other tokens keep their activation",
         "inference_rule": "each token alone: TopK by its k, BatchTopK and JumpReLU by their thresholds",
     }

@@ -1,8 +1,9 @@
 """Activations for training: one pass of the language model over text feeds all sites, shuffled in a buffer.
 
-`TextStream` → `activations_of` → `Shuffled`. The model stops after the deepest site. Special tokens are left out
-(`tokenization.keep_mask`). The buffer is allocated once per site, in the model's dtype and on its device; all sites share one
-permutation. When half of it has been served, that half is refilled, so a batch mixes tokens of many windows.
+`TextStream` → `activations_of` → `without_outliers` → `Shuffled`. The model stops after the deepest site. Tokens outside the
+mask are left out: by their ids in the first step (`tokenization.keep_mask`), by their norms in the second. The buffer is
+allocated once per site, in the model's dtype and on its device; all sites share one permutation. When half of it has been
+served, that half is refilled, so a batch mixes tokens of many windows.
 
 The state of a stream is all that a checkpoint needs to go on with the same batches: the position in the text, the random
 state and the contents of the buffer.
@@ -10,7 +11,9 @@ state and the contents of the buffer.
 
 from __future__ import annotations
 
+import math
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -19,12 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saehook.config import MaskRule
 from saehook.corpus import Document, text_hash
 from saehook.errors import ArgumentError
 from saehook.hooked_model import HookedModel
-from saehook.tokenization import WindowCutter, keep_mask, special_ids
+from saehook.tokenization import WindowCutter, is_outlier, keep_mask, special_ids
 
 TOKENS_PER_FORWARD = 4096
+MEDIAN_TOKENS = 4096
+"""Tokens at the start of the text whose norms set the median of a `MaskRule`."""
+MANY_OUTLIERS = 0.05
+"""Share of them beyond which the rule is said to be wrong."""
 
 
 class TextStream(Iterator[Tensor]):
@@ -117,8 +125,13 @@ class TextStream(Iterator[Tensor]):
         self._taken = state["taken"]
 
 
-def activations_of(model: HookedModel, sites: Sequence[str], windows: Iterator[Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Per forward pass, the activations of the tokens that count: `{site: [n, width]}`, in the order of the text."""
+def activations_of(
+    model: HookedModel, sites: Sequence[str], windows: Iterator[Tensor], skip_first_tokens: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """Per forward pass, the activations of the tokens that count: `{site: [n, width]}`, in the order of the text.
+
+    Outliers are among them (`without_outliers`): which tokens there are depends on ids only, not on the sites.
+    """
     special = special_ids(model.tokenizer)
     first = next(windows, None)
     if first is None:
@@ -128,9 +141,55 @@ def activations_of(model: HookedModel, sites: Sequence[str], windows: Iterator[T
     while batch := head + list(islice(windows, rows - len(head))):
         head = []
         ids = torch.stack(batch)
-        mask = keep_mask(ids, None, special)
+        mask = keep_mask(ids, None, special, skip_first_tokens)
         values = model.activations(ids, sites)
         yield {site: x[mask.to(x.device)] for site, x in values.items()}
+
+
+def mask_rules(
+    chunks: Iterator[dict[str, Tensor]], max_norm_ratio: float, skip_first_tokens: int = 0
+) -> dict[str, MaskRule]:
+    """The rule of each site, with the median norm of the first tokens of `chunks`, which are those of `activations_of`.
+
+    Where the median is 0 or not finite there are no outliers to be told from it, and the rule has no largest norm.
+
+    Warns (UserWarning) where the rule leaves out so many of these tokens that they are no outliers.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    tokens = 0
+    for chunk in chunks:
+        for site, x in chunk.items():
+            parts.setdefault(site, []).append(_norm(x))
+        tokens += len(next(iter(chunk.values())))
+        if tokens >= MEDIAN_TOKENS:
+            break
+    rules = {}
+    for site, norms in parts.items():
+        norm = torch.cat(norms)[:MEDIAN_TOKENS]
+        median = float(norm.median()) if len(norm) else 0.0
+        if not 0 < median < math.inf:
+            rules[site] = MaskRule(skip_first_tokens=skip_first_tokens)
+            continue
+        rules[site] = MaskRule(skip_first_tokens=skip_first_tokens, max_norm_ratio=max_norm_ratio, median_norm=median)
+        if (share := float(is_outlier(norm, rules[site]).double().mean())) > MANY_OUTLIERS:
+            warnings.warn(
+                f"{share:.1%} of the tokens at {site} have a norm above {max_norm_ratio:g} x the median ({median:.4g}) and "
+                "are left out, too many for outliers. Raise max_norm_ratio, or switch it off with 0.",
+                UserWarning,
+                stacklevel=3,
+            )
+    return rules
+
+
+def without_outliers(chunks: Iterator[dict[str, Tensor]], rules: Mapping[str, MaskRule]) -> Iterator[dict[str, Tensor]]:
+    """The same, less the tokens that are an outlier at any of the sites, so that all sites go on with the same tokens."""
+    for chunk in chunks:
+        outliers = torch.stack([is_outlier(_norm(x), rules[site]).cpu() for site, x in chunk.items()]).any(0)
+        yield {site: x[~outliers.to(x.device)] for site, x in chunk.items()} if outliers.any() else chunk
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.float(), dim=-1)
 
 
 class Shuffled(Iterator[dict[str, Tensor]]):

@@ -69,7 +69,7 @@ from saehook.results import Report  # noqa: E402
 from saehook.runs import Runs  # noqa: E402
 from saehook.sae import SAE  # noqa: E402
 from saehook.sites import Site, named_sites, resolve, same_site  # noqa: E402
-from saehook.tokenization import keep_mask, special_ids  # noqa: E402
+from saehook.tokenization import is_outlier, keep_mask, special_ids  # noqa: E402
 
 FINGERPRINT_FACTOR = 2.0
 
@@ -460,7 +460,8 @@ class HookedModel(Runs):
         from saehook.metrics import Firing, Reconstruction
 
         x = next(iter(self.activations(ids[None], site).values()))[0].float()
-        x = x[keep_mask(ids, None, special_ids(self.tokenizer)).to(x.device)]
+        keep = keep_mask(ids, None, special_ids(self.tokenizer), sae.mask_rule.skip_first_tokens).to(x.device)
+        x = x[keep & ~is_outlier(torch.linalg.vector_norm(x, dim=-1), sae.mask_rule)]
         with torch.no_grad():
             out = sae(x)
         reconstruction, firing = Reconstruction(), Firing()

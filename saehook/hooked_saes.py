@@ -16,7 +16,6 @@ from saehook.results import EditReport, Latents, Report, SiteReport
 from saehook.runs import Runs
 from saehook.sae import SAE
 from saehook.sites import resolve, same_site
-from saehook.tokenization import keep_mask, special_ids
 
 if TYPE_CHECKING:
     from saehook.hooked_model import HookedModel
@@ -113,16 +112,18 @@ class HookedSAEs(Runs):
                     lambda: self.lm(**arguments, use_cache=False), {name: reader}, self._positions(batch, Program())
                 )
             assert reader.value is not None
+            sae = self.saes[name]
             rows = []
-            for ids, mask, values in zip(batch.ids, batch.attention_mask.bool(), reader.value, strict=True):
+            kept = reader.mask(sae.mask_rule).cpu()
+            for ids, mask, keep, values in zip(batch.ids, batch.attention_mask.bool(), kept, reader.value, strict=True):
                 ids = ids[mask]
                 rows.append(
                     Latents(
                         site=name,
-                        acts=self.saes[name].encode(values[mask.to(values.device)]),
+                        acts=sae.encode(values[mask.to(values.device)]),
                         ids=ids,
                         tokens=[self.tokenizer.decode([i]) for i in ids.tolist()],
-                        mask=keep_mask(ids, None, special_ids(self.tokenizer)),
+                        mask=keep[mask],
                     )
                 )
         return rows[0] if batch.single else rows

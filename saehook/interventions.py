@@ -33,7 +33,8 @@ MAX_VALUE = 3.4028234663852886e38
 
 @dataclass(frozen=True)
 class Where:
-    """Which tokens an edit acts on. Special tokens (BOS, EOS, padding) only where `tokens` names them."""
+    """Which tokens an edit acts on. Those outside the mask (special tokens, and what the SAE's `mask_rule` leaves out)
+    only where `tokens` names them."""
 
     prompt: bool = True
     """Tokens of the input."""
@@ -66,7 +67,7 @@ class Where:
 
 
 def prompt() -> Where:
-    """The tokens of the input, without special tokens."""
+    """The tokens of the input that are in the mask."""
     return Where(generation=False)
 
 

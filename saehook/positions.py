@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saehook.config import MaskRule
 from saehook.errors import ArgumentError
 from saehook.interventions import Where
-from saehook.tokenization import keep_mask
+from saehook.tokenization import is_outlier, keep_mask
 
 
 class Positions:
@@ -72,9 +73,28 @@ class TokenView:
         self.n_generated = n - self.n_prompt
         self._keep: Tensor | None = None
 
+    def mask(self, rule: MaskRule, norm: Tensor) -> Tensor:
+        """The mask of an SAE with that rule, [rows, n] bool, on the device of `norm` = ‖x‖ [rows, n] at its site."""
+        keep = self.keep
+        if rule.skip_first_tokens:
+            keep = keep & (self.index >= rule.skip_first_tokens)
+        keep = keep.to(norm.device)
+        return keep if rule.max_norm is None else keep & ~is_outlier(norm, rule)
+
+    @property
+    def index(self) -> Tensor:
+        """Which of its row's own tokens each one is, from 0, [rows, n] int64; at padding -1, or that of the token before."""
+        attended = self.run.attended
+        prompt = attended.cumsum(1)[:, self.past : self.past + self.n_prompt] - 1
+        behind = max(0, self.past - self.run.length)
+        generated = attended.sum(1, keepdim=True) + torch.arange(
+            behind, behind + self.n_generated, device=attended.device
+        )
+        return torch.cat([prompt, generated], 1)
+
     @property
     def keep(self) -> Tensor:
-        """The mask, [rows, n]: attended and no special token."""
+        """What the masks of all SAEs have in common, [rows, n]: attended and no special token."""
         if self._keep is None:
             prompt = self.run.keep[:, self.past : self.past + self.n_prompt]
             if self.n_generated == 0:
@@ -90,14 +110,15 @@ class TokenView:
             return self.n_prompt > 0
         return (where.prompt and self.n_prompt > 0) or (where.generation and self.n_generated > 0)
 
-    def select(self, where: Where) -> Tensor:
-        """[rows, n] bool: the tokens that `where` names."""
+    def select(self, where: Where, keep: Tensor) -> Tensor:
+        """[rows, n] bool: the tokens that `where` names; of those that it does not name one by one, only those in `keep`,
+        the mask. On the device of `keep`."""
         if where.tokens is not None:
             prompt = self.run.token_mask(where.tokens)[:, self.past : self.past + self.n_prompt]
-            return torch.nn.functional.pad(prompt, (0, self.n_generated))
+            return torch.nn.functional.pad(prompt, (0, self.n_generated)).to(keep.device)
         if where.prompt and where.generation:
-            return self.keep
-        selected = self.keep.clone()
+            return keep
+        selected = keep.clone()
         if not where.prompt:
             selected[:, : self.n_prompt] = False
         if not where.generation:

@@ -207,7 +207,13 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _settings(name: str, sae: SAE) -> str:
     """What the file says about how the SAE was made, folded away."""
-    values = {"site": sae.site, "activation": sae.config.activation, "d_in": sae.d_in, **sae.metadata}
+    values = {
+        "site": sae.site,
+        "activation": sae.config.activation,
+        "d_in": sae.d_in,
+        "mask": sae.mask_rule,
+        **sae.metadata,
+    }
     values.pop("evaluation", None)  # has a table of its own
     rows = [(escape(key), [value]) for key, value in _flat(values)]
     summary = f"<summary>{escape(name)} <small>{escape(sae.config.activation)}, {sae.d_sae:,} latents</small></summary>"

@@ -89,13 +89,13 @@ class Latents:
 
     site: str
     acts: Tensor
-    """[S, d_sae], on the SAE's device; special tokens included, though the SAE was not trained on them."""
+    """[S, d_sae], on the SAE's device; all tokens, also those outside the mask, which the SAE was not trained on."""
     ids: Tensor
     """[S] int64 on the CPU."""
     tokens: list[str]
     """The text of each token."""
     mask: Tensor
-    """[S] bool on the CPU: False at special tokens."""
+    """[S] bool on the CPU: False outside the mask, at special tokens and what the SAE's `mask_rule` leaves out."""
 
     def top(self, n: int = 10) -> list[LatentHit]:
         """The n latents with the largest activation on any token of the mask, strongest first; fewer if fewer fire."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saehook.activation_fns import activate
-from saehook.config import BatchTopK, JumpReLU, SAEConfig
+from saehook.config import BatchTopK, JumpReLU, MaskRule, SAEConfig
 from saehook.errors import ArgumentError, LatentError, MissingStatError, ShapeError
 
 LAYER_NORM_EPS = 1e-5
@@ -77,6 +77,8 @@ class SAE(nn.Module):
         self.site = site
         self.site_out = site_out
         self.stats: LatentStats | None = None
+        self.mask_rule = MaskRule()
+        """Which tokens count for this SAE, in training and wherever it is used."""
         self.metadata: dict[str, Any] = {}
 
         def unit_rows(width: int) -> Tensor:

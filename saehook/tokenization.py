@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saehook.config import MaskRule
 from saehook.corpus import Document, text_hash
 from saehook.errors import ArgumentError
 
@@ -47,12 +48,23 @@ def special_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({i for i in ids if i is not None}))
 
 
-def keep_mask(ids: Tensor, attention_mask: Tensor | None, special: Sequence[int]) -> Tensor:
-    """The mask: True where a token is attended and its id is not among `special`. Shape and device of `ids`."""
+def keep_mask(ids: Tensor, attention_mask: Tensor | None, special: Sequence[int], skip_first_tokens: int = 0) -> Tensor:
+    """The mask, as far as it depends on ids: True where a token is attended, its id is not among `special`, and it is not
+    among the first attended tokens of its row. Shape and device of `ids`, whose last dimension is the row."""
     keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device).bool()
+    if skip_first_tokens:
+        keep = keep & (keep.cumsum(-1) > skip_first_tokens)
     for token in special:
         keep = keep & (ids != token)
     return keep
+
+
+def is_outlier(norm: Tensor, rule: MaskRule) -> Tensor:
+    """The rest of the mask: True where ‖x‖, of any shape, is more than the rule allows. What is not finite is no outlier:
+    it is a fault, and must be seen."""
+    if rule.max_norm is None:
+        return torch.zeros_like(norm, dtype=torch.bool)
+    return (norm > rule.max_norm) & norm.isfinite()
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -43,6 +43,8 @@ CHECKPOINT_SECONDS = 600.0
 """Time between checkpoints, where a folder for them is given."""
 RETRY_SECONDS = 10.0
 """Pause before a write is tried again when the disk is full."""
+DEAD_TOKENS = 1_000_000
+"""A finished SAE says which share of its latents fired on none of the last so many training tokens."""
 BAD_VALUES = ("", "the activations were", "the loss was", "the gradient was")
 
 
@@ -294,8 +296,15 @@ class Run:
             "tokens_seen": self.tokens,
             **({"started_from": self.origin} if self.origin else {}),
             "training_metrics": dict(self.metrics),
+            "dead_at_the_end": self._dead_at_the_end(),
         }
         return sae
+
+    def _dead_at_the_end(self) -> dict[str, Any]:
+        """The share of latents that were silent in the last steps, at least `DEAD_TOKENS` if there were so many."""
+        steps = min(self.steps, math.ceil(DEAD_TOKENS / self.config.resolved_batch_tokens))
+        tokens = steps * self.config.resolved_batch_tokens
+        return {"tokens": tokens, "share": float((self.tokens_since_fired >= tokens).double().mean())}
 
 
 def resolved_settings(config: TrainConfig, k_aux: int) -> dict[str, Any]:

@@ -16,12 +16,12 @@ import torch
 
 from saehook.activation_cache import ActivationCache, cache_key, lm_pass, weights_fingerprint
 from saehook.checkpoint import save_sae
-from saehook.config import TrainConfig
+from saehook.config import MAX_NORM_RATIO, MaskRule, TrainConfig
 from saehook.corpus import Document
 from saehook.errors import ArgumentError
-from saehook.evaluation import MASK_RULE, EvalResult, evaluate
+from saehook.evaluation import EvalResult, evaluate
 from saehook.files import atomic_write
-from saehook.harvest import Shuffled, TextStream, activations_of
+from saehook.harvest import Shuffled, TextStream, activations_of, mask_rules, without_outliers
 from saehook.hooked_model import HookedModel
 from saehook.reports import write_report
 from saehook.run_state import checkpoints
@@ -60,6 +60,8 @@ def train_saes(
     *,
     held_out: Windows | None = None,
     repeat: bool = False,
+    skip_first_tokens: int = 0,
+    max_norm_ratio: float = MAX_NORM_RATIO,
     dtype: torch.dtype | None = None,
     cache: Path | None = None,
     progress: bool = True,
@@ -75,6 +77,9 @@ def train_saes(
         documents: the training text; read in an order shuffled by the first config's seed.
         held_out: windows to evaluate on; the result goes into every file and into `out/eval.json`.
         repeat: begin again when the text ends before `tokens`; else training ends there, and says so.
+        skip_first_tokens: leave out so many tokens at the start of each window.
+        max_norm_ratio: leave out tokens whose norm at any of the sites is more than this many times the median there; 0 is
+            off. The files record both as the SAE's `MaskRule`, with the median of its own site.
         dtype: of the stored weights; None: float32.
         cache: folder for the activations, in bfloat16 (2 bytes x width x tokens a site): another run on the same text, LM
             and first seed needs no pass of the LM.
@@ -82,12 +87,15 @@ def train_saes(
 
     Raises:
         ArgumentError: no config, two that would be written to the same folder, or an `out` that holds an unfinished run;
-            with `resume`, other settings or text.
+            with `resume`, other settings or text; a negative `skip_first_tokens`, or a `max_norm_ratio` below 1 but 0.
         TrainingInterrupted: a signal.
         SiteError: a site that the model does not have. Nothing is trained then.
     """
     if not configs:
         raise ArgumentError("there is nothing to train. Give at least one TrainConfig.")
+    base = MaskRule(skip_first_tokens=skip_first_tokens)
+    if max_norm_ratio:
+        MaskRule(max_norm_ratio=max_norm_ratio, median_norm=1.0)  # an error before anything runs
     sites = {name: model.sites(name) for config in configs for name in config.sites}
     for name, found in sites.items():
         if len(found) != 1:
@@ -111,7 +119,7 @@ def train_saes(
         "tokenizer_sha256": tokenizer_sha256(model.tokenizer),
     }
     if cache is None:
-        chunks = activations_of(model, list(widths), text)
+        sample, chunks = (activations_of(model, list(widths), t, skip_first_tokens) for t in (from_the_start(), text))
     else:
         common: dict[str, Any] = {
             "lm": model.name,
@@ -121,12 +129,14 @@ def train_saes(
             "order": f"seed {seed}, {'repeated' if repeat else 'once'}",
             "tokenizer_sha256": lm["tokenizer_sha256"],
             "window": text.window,
-            "mask_rule": MASK_RULE,
+            "mask_rule": str(base),
         }
         cached = ActivationCache(cache, {site: cache_key(site=site, **common) for site in widths})
-        chunks = cached.chunks(lm_pass(model, list(widths), from_the_start), device=model.device)
+        make = lm_pass(model, list(widths), from_the_start, skip_first_tokens)
+        sample, chunks = (cached.chunks(make, device=model.device) for _ in range(2))
+    rules = mask_rules(sample, max_norm_ratio, skip_first_tokens) if max_norm_ratio else dict.fromkeys(widths, base)
     batches = Shuffled(
-        chunks,
+        without_outliers(chunks, rules),
         buffer_tokens=max(config.resolved_buffer_tokens for config in configs),
         batch_tokens=configs[0].resolved_batch_tokens,
         seed=seed,
@@ -150,12 +160,12 @@ def train_saes(
     source = {
         "lm": lm,
         "text": {"sha256": text.sha256, "documents": len(documents), "window": text.window, **read},
-        "mask_rule": MASK_RULE,
     }
     sample = held_out.ids[0] if held_out is not None else next(TextStream(documents, model.tokenizer, text.window))
     trained = []
     for sae, folder in zip(saes, folders, strict=True):
         assert sae.site is not None
+        sae.mask_rule = rules[sae.site]
         sae.metadata |= copy.deepcopy(source)
         stored = sae.to(dtype) if dtype is not None else sae
         stored = stored.to(torch.float32)  # what a reader of the file gets

@@ -97,7 +97,7 @@ def table_value(reading: Reading | None, sae: SAE | None, latent: int | None, po
         what = f"Strongest latents of token {position}, “{one_line(reading.tokens[position])}”"
         columns = ["latent", "activation"]
         if not reading.mask[position]:
-            what += " (a special token: the SAE was not trained on it)"
+            what += " (outside the mask: the SAE was not trained on it)"
     if sae.stats is not None:
         columns += ["recorded max", "fires on"]
     largest = hits[0].activation if hits else 1.0

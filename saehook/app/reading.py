@@ -26,7 +26,7 @@ class Reading:
     tokens: list[str]
     """The tokens, made visible."""
     mask: list[bool]
-    """False at special tokens."""
+    """False outside the mask (`Latents.mask`)."""
     top: list[LatentHit]
     """The strongest latents of the text, at most `SHOWN`."""
     n_active: int
@@ -36,7 +36,7 @@ class Reading:
     n_active_at: list[int]
     """How many fire on each token."""
     fired: tuple[np.ndarray, np.ndarray, np.ndarray]
-    """(positions, latents, activations) of all that fire, special tokens included."""
+    """(positions, latents, activations) of all that fire, also outside the mask."""
 
     def activations(self, latent: int) -> list[float]:
         """What one latent does on each token."""

@@ -92,7 +92,7 @@ def strip_value(reading: Reading | None, latent: int | None, position: int | Non
     for i, (text, act, keep) in enumerate(zip(reading.tokens, acts, reading.mask, strict=True)):
         says = f"token {i}, id {reading.ids[i]}"
         says += "" if latent is None else f"\nlatent {latent}: {act:.4g}"
-        says += "" if keep else "\nspecial token: the SAE was not trained on it"
+        says += "" if keep else "\noutside the mask: the SAE was not trained on it"
         share = act / largest if keep and largest else 0.0
         tokens.append({"text": text, "share": share, "title": says, "selected": i == position, "special": not keep})
     if latent is None:
