@@ -183,14 +183,18 @@ class MaskRule:
         skip = self.skip_first_tokens
         if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
             raise ArgumentError(f"MaskRule.skip_first_tokens is {skip!r}; a whole number of at least 0 is expected.")
+        for name, least in (("max_norm_ratio", 1.0), ("median_norm", sys.float_info.min)):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and least <= value < math.inf):
+                raise ArgumentError(
+                    f"MaskRule.{name} is {value!r}; a finite number {'above 0' if least < 1 else 'of at least 1'} is expected."
+                )
         if (self.max_norm_ratio is None) != (self.median_norm is None):
             raise ArgumentError(
                 f"MaskRule.max_norm_ratio is {self.max_norm_ratio!r} and median_norm is {self.median_norm!r}; both or "
                 "neither are expected."
             )
-        if self.max_norm_ratio is not None:
-            _number(self, "max_norm_ratio", 1.0, sys.float_info.max)
-            _number(self, "median_norm", sys.float_info.min, sys.float_info.max)
 
     @property
     def max_norm(self) -> float | None:

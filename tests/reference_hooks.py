@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saehook.config import BatchTopK, JumpReLU, TopK
+from saehook.config import BatchTopK, JumpReLU, MaskRule, TopK
 from saehook.interventions import Program
 from saehook.sae import SAE
 
@@ -177,11 +177,16 @@ class Row:
     prompt: int
     special: Sequence[int]
 
-    def selects(self, where: Any, position: int, token: int) -> bool:
+    def counts(self, rule: MaskRule, position: int, token: int, x: Tensor) -> bool:
+        """Whether the token at this position is in the mask of an SAE with that rule."""
+        largest = float("inf") if rule.max_norm_ratio is None else rule.max_norm_ratio * float(rule.median_norm or 0)
+        return token not in self.special and position >= rule.skip_first_tokens and float(x.float().norm()) <= largest
+
+    def selects(self, where: Any, position: int, counts: bool) -> bool:
         """Whether `where` means the token at this position."""
         if where.tokens is not None:
             return position < self.prompt and any(position == t % self.prompt for t in where.tokens)
-        if token in self.special:
+        if not counts:
             return False
         return where.prompt if position < self.prompt else where.generation
 
@@ -221,8 +226,9 @@ def program_write(program: Program, edits: Sequence[Any], sae: SAE, row: Row, id
     def write(x: Tensor) -> Tensor:
         tokens = []
         for position, token in enumerate(ids):
-            active = [edit for edit in edits if row.selects(edit.where, position, token)]
-            tokens.append(edited_token(x[0, position], sae, program, active, token not in row.special))
+            counts = row.counts(sae.mask_rule, position, token, x[0, position])
+            active = [edit for edit in edits if row.selects(edit.where, position, counts)]
+            tokens.append(edited_token(x[0, position], sae, program, active, counts))
         return torch.stack(tokens)[None]
 
     return write

@@ -1,5 +1,6 @@
 """The bundled files: they are what their cards say."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 import saehook
 from saehook import corpus
-from saehook.config import BatchTopK
+from saehook.config import BatchTopK, MaskRule
 from saehook.errors import ArgumentError
 from saehook.evaluation import evaluate
 from saehook.tokenization import window_size, windows
@@ -51,9 +52,21 @@ def test_sae_is_stored_in_bf16_with_all_its_facts(name):
     assert sae.d_sae == 16 * sae.d_in
     assert sae.site is not None
     assert sae.stats is not None
-    assert {"fingerprint", "evaluation", "lm", "text", "mask_rule"} <= set(sae.metadata)
+    assert {"fingerprint", "evaluation", "lm", "text"} <= set(sae.metadata)
     norms = torch.linalg.vector_norm(sae.W_dec, dim=-1)
     torch.testing.assert_close(norms, torch.ones_like(norms), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sae", "sae-mlp"])
+def test_the_mask_rule_is_read_in_words_or_fields(name):
+    recorded = json.loads((saehook.bundled(name) / "cfg.json").read_text())["metadata"]["saehook"]["mask_rule"]
+    sae = saehook.load_sae(saehook.bundled(name))
+    if isinstance(recorded, str):
+        assert sae.mask_rule == MaskRule()
+        assert recorded == str(sae.mask_rule)
+    else:
+        assert dataclasses.asdict(sae.mask_rule) == recorded
+    assert "mask_rule" not in sae.metadata
 
 
 def test_fingerprints_fit_the_bundled_model(model):

@@ -18,7 +18,7 @@ from builders import ACTIVATIONS, tiny_sae
 from safetensors.torch import load_file, save_file
 
 from saehook.checkpoint import CONFIG, MAX_CONFIG_BYTES, STATS, WEIGHTS, load_sae, save_sae
-from saehook.config import BatchTopK, JumpReLU, SAEConfig
+from saehook.config import BatchTopK, JumpReLU, MaskRule, SAEConfig
 from saehook.errors import ArgumentError, FileError, FormatError, MissingStatError, SaehookError
 from saehook.files import atomic_write
 from saehook.sae import SAE
@@ -55,11 +55,13 @@ def edit_config(path: Path, **changes: Any) -> None:
 def test_an_sae_comes_back_as_it_was_stored(tmp_path, activation, subtract_b_dec, normalize, dtype):
     sae = tiny_sae(site=SITE, activation=activation, subtract_b_dec=subtract_b_dec, normalize=normalize)
     sae.metadata = {"lm": {"id": "tiny", "revision": None}, "tokens_seen": 12}
+    sae.mask_rule = MaskRule(skip_first_tokens=1, max_norm_ratio=10, median_norm=0.1)
     path = save_sae(sae, tmp_path / "new" / "folder", dtype=dtype)
     again = load_sae(path)
     assert again.config == sae.config
     assert again.site == SITE
     assert again.metadata == sae.metadata
+    assert again.mask_rule == sae.mask_rule
     assert again.dtype == torch.float32
     for name in WEIGHT_NAMES:
         assert torch.equal(getattr(again, name), getattr(sae, name).to(dtype).float()), name
@@ -333,6 +335,7 @@ def test_a_huge_config_is_not_read(tmp_path):
         load_sae(path)
 
 
+NO_RULE = {"skip_first_tokens": 0, "max_norm_ratio": None, "median_norm": None}
 JUNK: list[Any] = [True, 0, -1, 1.5, "32", "", "none", [], [32], {}, {"name": "topk"}, 10**12, 10**30, float("nan")]
 
 
@@ -370,6 +373,24 @@ JUNK: list[Any] = [True, 0, -1, 1.5, "32", "", "none", [], [32], {}, {"name": "t
         ({"metadata": {"saehook": {"schema": 99}}}, "schema 99"),
         ({"metadata": {"saehook": {"site": 3}}}, "site"),
         ({"metadata": {"hf_hook_name": ["a"]}}, "hf_hook_name|site"),
+        *(
+            ({"metadata": {"saehook": {"mask_rule": rule}}}, f"cfg.json.*{match}")
+            for rule, match in [
+                ("every second token", "'every second token'.*skip_first_tokens, max_norm_ratio, median_norm"),
+                ({"skip_first_tokens": 1}, "exactly the fields"),
+                ({**NO_RULE, "skip_last_tokens": 1}, "exactly the fields"),
+                ({**NO_RULE, "skip_first_tokens": -1}, "skip_first_tokens is -1"),
+                ({**NO_RULE, "skip_first_tokens": 1.5}, "skip_first_tokens is 1.5"),
+                ({**NO_RULE, "skip_first_tokens": None}, "skip_first_tokens is None"),
+                ({**NO_RULE, "max_norm_ratio": 10}, "both or neither"),
+                ({**NO_RULE, "median_norm": 1.0}, "both or neither"),
+                ({**NO_RULE, "max_norm_ratio": 0.5, "median_norm": 1.0}, "max_norm_ratio is 0.5"),
+                ({**NO_RULE, "max_norm_ratio": 10, "median_norm": 0}, "median_norm is 0"),
+                ({**NO_RULE, "max_norm_ratio": 10, "median_norm": float("nan")}, "median_norm is nan"),
+                ({**NO_RULE, "max_norm_ratio": float("inf"), "median_norm": 1}, "max_norm_ratio is inf"),
+                ({**NO_RULE, "max_norm_ratio": "10", "median_norm": 1}, "max_norm_ratio is '10'"),
+            ]
+        ),
     ],
 )
 def test_a_config_that_contradicts_the_weights_or_itself(tmp_path, changes, match):
@@ -405,10 +426,23 @@ def test_a_field_of_the_wrong_type_is_read_or_refused(tmp_path, field, activatio
     assert all(len(message) > 20 for message in messages)
 
 
+def test_what_a_file_says_of_the_mask(tmp_path):
+    """Nothing, as foreign files and those made in Python by earlier versions; or the words that earlier training wrote."""
+    path = written(tmp_path)
+    assert load_sae(path).mask_rule == MaskRule()
+    original = json.loads((path / CONFIG).read_text())["metadata"]
+    assert original["saehook"].pop("mask_rule") == NO_RULE
+    for ours in (original["saehook"], {"mask_rule": "attended, and the id is not the tokenizer's bos, eos or pad"}):
+        edit_config(path, metadata={**original, "saehook": ours})
+        sae = load_sae(path)
+        assert sae.mask_rule == MaskRule()
+        assert "mask_rule" not in sae.metadata
+
+
 def test_junk_in_our_own_metadata_is_read_or_refused(tmp_path):
     path = written(tmp_path, activation="batchtopk")
     original = json.loads((path / CONFIG).read_text())["metadata"]
-    for field in ("schema", "activation", "site"):
+    for field in ("schema", "activation", "site", "mask_rule"):
         for junk in [
             *JUNK,
             None,

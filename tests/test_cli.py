@@ -27,7 +27,8 @@ def own(tmp_path_factory) -> dict[str, Path]:
     text.write_text(WORDS)
     command = (
         f"train --lm {lm} --site layers.1.resid_post --activation topk --k 4 --d-sae 64 --tokens 6k --text {text} "
-        f"--out {folder / 'out'} --eval-text {text} --eval-tokens 1k --calibration-tokens 1k --seed 3"
+        f"--out {folder / 'out'} --eval-text {text} --eval-tokens 1k --calibration-tokens 1k --seed 3 "
+        "--skip-first-tokens 1 --max-norm-ratio 7.5"
     )
     assert main(command.split()) == 0
     return {"lm": lm, "text": text, "sae": folder / "out" / "layers.1.resid_post", "out": folder / "out"}
@@ -39,6 +40,7 @@ def test_train_writes_one_folder_per_site(own):
     assert (sae.d_in, sae.d_sae, sae.site) == (32, 64, "layers.1.resid_post")
     assert sae.metadata["training"]["tokens"] == 6000
     assert sae.metadata["training"]["seed"] == 3
+    assert (sae.mask_rule.skip_first_tokens, sae.mask_rule.max_norm_ratio) == (1, 7.5)
 
 
 def test_eval_prints_a_table_and_writes_json(own, tmp_path, capsys):
@@ -49,7 +51,9 @@ def test_eval_prints_a_table_and_writes_json(own, tmp_path, capsys):
     assert row["site"] == "layers.1.resid_post"
     assert row["tokens"] >= 2000
     assert row["delta_ce"] == row["ce_spliced"] - row["ce_clean"]
-    assert f"{row['delta_ce']:.3f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{row['delta_ce']:.3f}" in said
+    assert f"tokens that count: {saehook.load_sae(own['sae']).mask_rule}" in said
 
 
 def test_generate_equals_python_and_takes_a_program(own, tmp_path, capsys):

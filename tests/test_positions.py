@@ -6,12 +6,14 @@ import pytest
 import torch
 from builders import BOS, EOS, PAD, SPECIAL
 
+from saehook.config import MaskRule
 from saehook.errors import ArgumentError
 from saehook.interventions import EVERYWHERE, Where, generation, prompt, tokens
 from saehook.positions import Positions, TokenView
 
 IDS = torch.tensor([[BOS, 11, 12, EOS, 13], [PAD, PAD, BOS, 21, 22]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+RULE = MaskRule(skip_first_tokens=2, max_norm_ratio=2.0, median_norm=2.0)
 WHERE = [EVERYWHERE, prompt(), generation(), tokens(0), tokens(-1, 1)]
 
 
@@ -20,7 +22,7 @@ def positions(expansion: int = 1) -> Positions:
 
 
 def selected(view: TokenView, where: Where) -> list[list[int]]:
-    return [row.nonzero()[:, 0].tolist() for row in view.select(where)]
+    return [row.nonzero()[:, 0].tolist() for row in view.select(where, view.keep)]
 
 
 def test_the_first_pass_holds_the_prompt():
@@ -46,7 +48,7 @@ def test_tokens_count_each_rows_own_tokens_and_may_name_special_ones():
 )
 def test_an_index_that_one_row_lacks_is_an_error(index, row):
     with pytest.raises(ArgumentError, match=f"token {index} is outside the {row}"):
-        positions().view(0, IDS).select(Where(tokens=(index,)))
+        selected(positions().view(0, IDS), Where(tokens=(index,)))
 
 
 def test_a_cached_step_holds_one_generated_token():
@@ -95,24 +97,27 @@ def test_a_step_with_several_generated_tokens():
 @pytest.mark.parametrize("where", WHERE, ids=str)
 def test_beams_stand_next_to_each_other(where):
     ids = IDS.repeat_interleave(3, 0)
-    expanded = positions(3).view(0, ids).select(where)
-    assert torch.equal(expanded, positions().view(0, IDS).select(where).repeat_interleave(3, 0))
+    expanded = selected(positions(3).view(0, ids), where)
+    assert expanded == [row for row in selected(positions().view(0, IDS), where) for _ in range(3)]
     step = torch.arange(6)[:, None] + 30
     view = positions(3).view(5, step)
-    assert view.select(generation()).all()
+    assert view.select(generation(), view.keep).all()
     assert view.keep.shape == (6, 1)
 
 
 @pytest.mark.parametrize("where", WHERE, ids=str)
 @pytest.mark.parametrize("cuts", [[5], [1, 4, 5], [2, 5, 6, 8], [3, 7, 8], [8], [1, 2, 3, 4, 5, 6, 7, 8]])
-def test_however_the_row_is_cut_into_passes_the_same_tokens_are_meant(where, cuts):
+@pytest.mark.parametrize("rule", [MaskRule(), RULE], ids=["no rule", "rule"])
+def test_however_the_row_is_cut_into_passes_the_same_tokens_are_meant(where, cuts, rule):
+    norms = torch.tensor([[1.0, 9.0, 1.0, 1.0, 9.0, 1.0, 1.0, 9.0], [9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9.0, 1.0]])
     ids = torch.cat([IDS, torch.tensor([[31, EOS, 32], [33, 34, 35]])], 1)[:, : cuts[-1]]
     run = positions()
-    whole = run.view(0, ids).select(where)
+    view = run.view(0, ids)
+    whole = view.select(where, view.mask(rule, norms[:, : cuts[-1]]))
     parts, past = [], 0
     for end in cuts:
         view = run.view(past, ids[:, past:end])
-        part = view.select(where)
+        part = view.select(where, view.mask(rule, norms[:, past:end]))
         assert view.may_select(where) or not part.any()
         parts.append(part)
         past = end
@@ -123,7 +128,8 @@ def test_selecting_changes_no_mask():
     view = positions().view(0, IDS)
     keep = view.keep.clone()
     for where in WHERE:
-        view.select(where)
+        view.select(where, view.keep)
+        view.mask(RULE, torch.ones(2, 5))
     assert torch.equal(view.keep, keep)
     assert torch.equal(view.run.keep, keep)
 
@@ -132,6 +138,24 @@ def test_without_a_mask_every_token_is_attended():
     view = Positions(IDS[:1], None, ()).view(0, IDS[:1])
     assert view.keep.all()
     assert selected(view, tokens(-5, 4)) == [[0, 4]]
+
+
+def test_first_tokens_are_those_of_the_row_wherever_it_begins():
+    """Padding is not counted, BOS is; where the prompt is shorter than the rule, generated tokens are among the first."""
+    rule, ones = MaskRule(skip_first_tokens=4), torch.ones(2, 5)
+    run = positions()
+    assert run.view(0, IDS).mask(rule, ones).nonzero().tolist() == [[0, 4]]
+    assert run.view(5, torch.tensor([[31], [32]])).mask(rule, ones[:, :1]).tolist() == [[True], [False]]
+    assert run.view(6, torch.tensor([[31], [32]])).mask(rule, ones[:, :1]).tolist() == [[True], [True]]
+    late = run.view(3, torch.tensor([[EOS, 13, 31, 32], [21, 22, 33, 34]])).mask(rule, ones[:, :4])
+    assert late.tolist() == [[False, True, True, True], [False, False, False, True]]
+
+
+def test_outliers_are_left_out_and_faults_are_not():
+    norm = torch.tensor([[1.0, 4.0, 4.1, 1.0, float("nan")], [1.0, 1.0, 1.0, float("inf"), 99.0]])
+    view = positions().view(0, IDS)
+    assert view.mask(MaskRule(max_norm_ratio=2.0, median_norm=2.0), norm).nonzero().tolist() == [[0, 1], [0, 4], [1, 3]]
+    assert torch.equal(view.mask(MaskRule(), norm), view.keep)
 
 
 def test_right_padding_and_holes():

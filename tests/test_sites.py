@@ -10,6 +10,7 @@ import reference_hooks as reference
 import torch
 from builders import ARCHITECTURES, CONTEXT, LAYERS, build_lm, byte_tokenizer, identity_sae, random_ids, tiny_sae
 
+from saehook.config import MaskRule
 from saehook.editing import ReplaceAction
 from saehook.errors import ShapeError, SiteError
 from saehook.hooked_model import HookedModel
@@ -131,7 +132,7 @@ def test_replacing_a_site_equals_a_plain_hook(models_by_name, name):
 
         with torch.no_grad(), reference.written(lm, site.name, write):
             expected = lm(BATCH, use_cache=False).logits
-        logits = hooked.run(IDS, {site.name: ReplaceAction(vector)}).logits
+        logits = hooked.run(IDS, {site.name: ReplaceAction(vector, MaskRule())}).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=3e-5, msg=lambda m, k=kind: f"{k}: {m}")
         hooked.detach()
 
