@@ -3,7 +3,8 @@
 z = encode(x), after the activation function. Edits apply in listed order to z. With the error kept
     x' = x + σ(x) · Σ (z'_i - z_i) W_dec[i]     over the edited latents, in float32, cast back to the dtype of x;
 with the error dropped x' = decode(z') on the tokens that an edit selects; spliced, on the whole mask of the SAE. A token that
-nothing selects keeps its bits. σ is 1, or the token's scale where the SAE normalises each token.
+nothing selects keeps its bits. σ is 1, or the token's scale where the SAE normalises each token. A transcoder encodes what it
+reads at another site, and its edits change y there where it writes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saehook.config import MaskRule
-from saehook.errors import ArgumentError
+from saehook.errors import ArgumentError, SiteError
 from saehook.interventions import Edit, Program
 from saehook.positions import TokenView
 from saehook.sae import SAE
@@ -64,14 +65,16 @@ class _Prepared:
 class EditAction:
     """The edits of one program at one site."""
 
-    def __init__(self, sae: SAE, edits: list[tuple[int, Edit]], program: Program) -> None:
-        """`edits`: (index in the program, edit), those of this site.
+    def __init__(
+        self, sae: SAE, edits: list[tuple[int, Edit]], program: Program, source: SourceAction | None = None
+    ) -> None:
+        """`edits`: (index in the program, edit), those of this site. `source`: what a transcoder reads.
 
         Raises:
             LatentError: a latent outside 0..d_sae-1. MissingStatError: unit='max' without statistics.
             ArgumentError: unit='norm' for a latent without direction.
         """
-        self.sae, self.program = sae, program
+        self.sae, self.program, self.source = sae, program, source
         used = sorted({latent for _, edit in edits for latent in edit.latents})
         sae.check_latents(tuple(used))
         column = {latent: i for i, latent in enumerate(used)}
@@ -106,9 +109,10 @@ class EditAction:
             return x
         x32 = x.float()
         norm = torch.linalg.vector_norm(x32, dim=-1)
-        keep = view.mask(sae.mask_rule, norm)
+        read = x if self.source is None else self.source.take()
+        keep = view.mask(sae.mask_rule, norm if self.source is None else norm_of(read))
         scale = sae.scale(x32)
-        acts = sae.encode(x) if program.drops_error or self.reads_latents else None
+        acts = sae.encode(read) if program.drops_error or self.reads_latents else None
         current = acts[..., self.latents].float() if acts is not None else None
         delta, touched = None, None
         for p in active:
@@ -129,7 +133,7 @@ class EditAction:
                 touched = keep if touched is None else keep | touched
             if active:
                 acts = acts.index_copy(-1, self.latents, current.to(acts.dtype))
-            new = sae.decode(acts, x32).float()
+            new = sae.decode(acts, x32 if self.source is None else read).float()
         else:
             assert delta is not None
             new = x32 + delta
@@ -159,13 +163,43 @@ class EditAction:
 class ReplaceAction:
     """A fixed vector on every token of the mask: zero and mean ablation."""
 
-    def __init__(self, vector: Tensor, rule: MaskRule) -> None:
-        """`vector`: [d]; `rule`: of the SAE whose mask is meant."""
-        self.vector, self.rule = vector, rule
+    def __init__(self, vector: Tensor, rule: MaskRule, source: SourceAction | None = None) -> None:
+        """`vector`: [d]; `rule`: of the SAE whose mask is meant; `source`: what a transcoder reads."""
+        self.vector, self.rule, self.source = vector, rule, source
 
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
-        keep = view.mask(self.rule, torch.linalg.vector_norm(x.float(), dim=-1))
+        keep = view.mask(self.rule, norm_of(x if self.source is None else self.source.take()))
         return torch.where(keep[..., None], self.vector.to(x.device, x.dtype), x)
+
+
+class SourceAction:
+    """Keeps x where a transcoder reads it, for the action where it writes."""
+
+    def __init__(self, site: str) -> None:
+        """`site`: where it stands."""
+        self.site = site
+        self.x: Tensor | None = None
+
+    def __call__(self, x: Tensor, view: TokenView) -> Tensor:
+        self.x = x.clone()  # the model may go on in the same tensor
+        return x
+
+    def take(self) -> Tensor:
+        """x of this forward pass, [rows, n, d].
+
+        Raises:
+            SiteError: the model has not come by here yet.
+        """
+        if self.x is None:
+            raise SiteError(
+                f"the model comes to {self.site}, which the transcoder reads, only after the site it writes."
+            )
+        return self.x
+
+
+def norm_of(x: Tensor) -> Tensor:
+    """‖x‖ of each token, [rows, n], float32."""
+    return torch.linalg.vector_norm(x.float(), dim=-1)
 
 
 class StopForward(Exception):
@@ -185,7 +219,7 @@ class ReadAction:
         """Which tokens of the value [rows, n, d] count for an SAE with that rule, [rows, n], on the value's device."""
         assert self.value is not None
         assert self.view is not None
-        return self.view.mask(rule, torch.linalg.vector_norm(self.value.float(), dim=-1))
+        return self.view.mask(rule, norm_of(self.value))
 
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
         self.value, self.view = x, view
@@ -194,17 +228,18 @@ class ReadAction:
         return x
 
 
-def observe(
+def changes(
     x: Tensor,
     sae: SAE,
     pre_acts: Callable[[Tensor], Tensor],
     latents: Callable[[Tensor], Tensor],
     reconstruction: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """x' in a user's trace: what is written into pre-activations, latents or reconstruction changes x by as much.
+    """What a user's trace adds where the SAE writes: by how much what is written into pre-activations, latents or
+    reconstruction changes the reconstruction.
 
-    The three functions return what they are given, or what the user put there. Where nothing was written x goes on bit for bit
-    and its gradient is the clean model's; the three have gradients, too: d loss / d latents = W_dec · d loss / d x'.
+    The three functions return what they are given, or what the user put there. They have gradients, too:
+    d loss / d latents = W_dec · d loss / d x'.
     """
     clean_pre_acts = sae.pre_acts(x)
     clean = sae.activate(clean_pre_acts)
@@ -217,8 +252,12 @@ def observe(
     seen_x_hat = reconstruction(x_hat.clone())
     delta = (seen - clean) @ sae.W_dec
     scale = sae.scale(x)
-    delta = (delta if scale is None else delta * scale) + (seen_x_hat - x_hat)
+    return (delta if scale is None else delta * scale) + (seen_x_hat - x_hat)
+
+
+def changed(x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta; where nothing was written x goes on bit for bit, and its gradient is the clean model's."""
     if delta.requires_grad:
         return (x.float() + delta.float()).to(x.dtype)
-    changed = (delta != 0).any(-1, keepdim=True)
-    return torch.where(changed, (x.float() + delta.float()).to(x.dtype), x) if changed.any() else x
+    moved = (delta != 0).any(-1, keepdim=True)
+    return torch.where(moved, (x.float() + delta.float()).to(x.dtype), x) if moved.any() else x

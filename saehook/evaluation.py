@@ -18,12 +18,13 @@ tokens that are in all masks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +32,12 @@ from tqdm.auto import tqdm
 
 from saehook.calibration import stats_of
 from saehook.config import activation_to_dict
-from saehook.editing import Action, EditAction, ReadAction, ReplaceAction
+from saehook.editing import Action, EditAction, ReadAction, ReplaceAction, SourceAction
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 from saehook.interventions import Program
 from saehook.metrics import Firing, Mean, Reconstruction
-from saehook.sae import LatentStats
+from saehook.sae import SAE, LatentStats
 from saehook.tokenization import Windows, tokenizer_sha256
 
 ALL = "all"
@@ -242,40 +243,56 @@ def _measure(
     masks: dict[str, list[Tensor]],
 ) -> None:
     """Reconstruction and firing at every site, on clean activations; and the mask of every SAE, [rows, length]."""
-    for site, (x, mask) in read_sites(hooked, ids).items():
+    for site, (x, y, mask) in read_sites(hooked, ids).items():
         masks[site].append(mask)
         if len(x):
             out = hooked.saes[site](x)
-            measured[site][0].update(x, out.x_hat)
+            measured[site][0].update(y, out.x_hat)
             measured[site][1].update(out.acts)
 
 
-def read_sites(hooked: HookedSAEs, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """At every attached site, the clean activations of the tokens in its SAE's mask, [n, width], and that mask,
-    [rows, length] bool on the CPU."""
+class Clean(NamedTuple):
+    """Clean activations of the tokens in an SAE's mask."""
+
+    x: Tensor
+    """What it reads, [n, d_in]."""
+    y: Tensor
+    """What it reconstructs, [n, d_out]: x, but for a transcoder."""
+    mask: Tensor
+    """[rows, length] bool on the CPU."""
+
+
+def read_sites(hooked: HookedSAEs, ids: Tensor) -> dict[str, Clean]:
+    """Clean activations for every attached SAE, by its site."""
     group: list[ReadAction] = []
-    readers = {site: ReadAction(group, stop=True) for site in hooked.sites}
+    readers = {site: ReadAction(group, stop=True) for both in hooked.outs.items() for site in dict.fromkeys(both)}
     hooked.run(ids, readers)
     found = {}
-    for site, reader in readers.items():
-        assert reader.value is not None
-        mask = reader.mask(hooked.saes[site].mask_rule)
-        found[site] = reader.value[mask], mask.cpu()
+    for site, sae in hooked.saes.items():
+        read, written = readers[site], readers[hooked.outs[site]]
+        assert read.value is not None
+        assert written.value is not None
+        mask = read.mask(sae.mask_rule)
+        found[site] = Clean(read.value[mask], written.value[mask.to(written.value.device)], mask.cpu())
     return found
 
 
 def _variants(hooked: HookedSAEs, means: Mapping[str, Tensor], together: bool) -> dict[tuple[str, str], _Variant]:
     splice = Program(splice=True)
-    actions: dict[str, dict[str, Action]] = {
-        "spliced": {site: EditAction(sae, [], splice) for site, sae in hooked.saes.items()},
-        "zero": {site: ReplaceAction(torch.zeros(sae.d_in), sae.mask_rule) for site, sae in hooked.saes.items()},
-        "mean": {site: ReplaceAction(mean, hooked.saes[site].mask_rule) for site, mean in means.items()},
+    by_kind: dict[str, Callable[[str, SAE, SourceAction | None], Action]] = {
+        "spliced": lambda site, sae, source: EditAction(sae, [], splice, source),
+        "zero": lambda site, sae, source: ReplaceAction(torch.zeros(sae.d_out), sae.mask_rule, source),
+        "mean": lambda site, sae, source: ReplaceAction(means[site], sae.mask_rule, source),
     }
-    variants = {
-        (site, kind): _Variant({site: by_site[site]}) for site in hooked.sites for kind, by_site in actions.items()
-    }
-    if together:
-        variants |= {(ALL, kind): _Variant(by_site) for kind, by_site in actions.items()}
+    variants: dict[tuple[str, str], _Variant] = {}
+    for kind, make in by_kind.items():
+        everywhere: dict[str, Action] = {}
+        for site, sae in hooked.saes.items():
+            actions = hooked.where_written(site, functools.partial(make, site, sae))
+            variants[site, kind] = _Variant(actions)
+            everywhere |= actions
+        if together:
+            variants[ALL, kind] = _Variant(everywhere)
     return variants
 
 
@@ -319,8 +336,8 @@ def measure_stats(hooked: HookedSAEs, tokens: Windows | Tensor, *, progress: boo
         for batch in tqdm(
             ids.split(max(1, 4096 // ids.shape[1])), desc="measuring", unit="batch", disable=not progress
         ):
-            for site, (x, _) in read_sites(hooked, batch).items():
-                firing[site].update(hooked.saes[site].encode(x))
+            for site, clean in read_sites(hooked, batch).items():
+                firing[site].update(hooked.saes[site].encode(clean.x))
     stats = {}
     for site, f in firing.items():
         if f.count is None:

@@ -53,7 +53,7 @@ from nnsight.intervention.interleaver import OutOfOrderError  # noqa: E402
 from nnsight.intervention.tracer import InterleavingTracer  # noqa: E402
 from transformers.utils.generic import ModelOutput  # noqa: E402
 
-from saehook.editing import Action, ReadAction, StopForward, observe  # noqa: E402
+from saehook.editing import Action, ReadAction, StopForward, changed, changes  # noqa: E402
 from saehook.errors import (  # noqa: E402
     ArgumentError,
     FormatError,
@@ -96,13 +96,21 @@ class TapPoint(nn.Module):
         self.sae = sae
         self.pre_acts, self.latents, self.reconstruction = _Identity(), _Identity(), _Identity()
         self.action: Callable[[Tensor], Tensor] | None = None
+        self.writer: list[TapPoint] = []
+        """Where a transcoder writes, if it is one. In a list, so that it is no child of this module."""
+        self.change: Tensor | None = None
+        """What a transcoder that reads elsewhere adds here in this forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.action is not None:
             return self.action(x)
-        if self.sae is None:
+        if self.sae is not None:
+            change = changes(x, self.sae, self.pre_acts, self.latents, self.reconstruction)
+            (self.writer[0] if self.writer else self).change = change
+        if self.change is None:
             return x
-        return observe(x, self.sae, self.pre_acts, self.latents, self.reconstruction)
+        change, self.change = self.change, None
+        return changed(x, change)
 
 
 def _locked_tracer(lock: Any) -> type[InterleavingTracer]:
@@ -117,7 +125,15 @@ def _locked_tracer(lock: Any) -> type[InterleavingTracer]:
 class _Taps:
     """Tap points mounted at sites of one nnsight model, and the edited copy of the model that calls them."""
 
-    def __init__(self, model: TransformersModel, sites: Sequence[Site], saes: Mapping[str, SAE], lock: Any) -> None:
+    def __init__(
+        self,
+        model: TransformersModel,
+        sites: Sequence[Site],
+        saes: Mapping[str, SAE],
+        outs: Mapping[str, str],
+        lock: Any,
+    ) -> None:
+        """`saes` and `outs` by the site that is read: the SAE there, and the site that it writes."""
         self.lock = lock
         self.closed = False
         self.view: TokenView | None = None
@@ -133,6 +149,9 @@ class _Taps:
             envoy = self._mount(parent, point)
             self.points[site.name], self.envoys[site.name] = point, envoy
             edited = self._with_tap(edited, parent, envoy, site)
+        for read, written in outs.items():
+            if read != written:
+                self.points[read].writer.append(self.points[written])
         self.edited = edited
 
     @staticmethod
@@ -393,7 +412,7 @@ class HookedModel(Runs):
     def _readers(self, names: tuple[str, ...], sites: Sequence[Site]) -> _Taps:
         with self._lock:
             if names not in self._taps:
-                self._taps[names] = _Taps(self._nnsight, sites, {}, self._lock)
+                self._taps[names] = _Taps(self._nnsight, sites, {}, {}, self._lock)
             return self._taps[names]
 
     def width(self, site: Site) -> int:
@@ -402,11 +421,12 @@ class HookedModel(Runs):
             return site.width
         return self.activations([0], site.name)[site.name].shape[-1]
 
-    def attach(self, saes: SAE | Mapping[str, SAE], check: str = "site") -> HookedSAEs:
+    def attach(self, saes: SAE | Mapping[Any, SAE], check: str = "site") -> HookedSAEs:
         """A handle on this model with SAEs at sites; the model itself stays clean.
 
         Args:
-            saes: an SAE whose file says its site, or `{site: sae}`. SAEs are moved to the model's device.
+            saes: an SAE whose file says its site, or `{site: sae}`; a transcoder stands at the site that it reads, and
+                `{(site, site_out): sae}` says where it writes. SAEs are moved to the model's device.
             check: `site`: a recorded site or width that differs is an error; `fingerprint`: also measure FVU, L0 and
                 norm on the recorded tokens and refuse a factor above 2; `off`: only widths.
 
@@ -425,58 +445,92 @@ class HookedModel(Runs):
         if not saes:
             raise ArgumentError("attach() got no SAE. Give one, or {site: sae}.")
         by_site: dict[str, SAE] = {}
+        outs: dict[str, str] = {}
         sites: list[Site] = []
         for name, sae in saes.items():
             if not isinstance(sae, SAE):
                 raise ArgumentError(f"{type(sae).__name__} is no SAE; load one with saehook.load_sae(path).")
-            found = resolve(self.lm, name)
-            if len(found) != 1:
-                raise SiteError(f"{name!r} names {len(found)} sites; an SAE is attached at exactly one.")
-            site = found[0]
-            if any((site.path, site.side) == (other.path, other.side) for other in sites):
-                raise SiteError(f"two SAEs are given for {site.name}; attach one SAE per site.")
-            if check != "off" and sae.site is not None and not same_site(self.lm, sae.site, site.name):
-                raise SiteError(
-                    f"this SAE was trained on {sae.site}, not on {site.name}: its numbers would be meaningless there. "
-                    "Attach it at its own site, or pass check='off' if you mean it."
-                )
-            if sae.d_in != self.width(site):
-                raise ShapeError(
-                    f"the SAE expects width {sae.d_in}, but {site.name} of {self.model_id} has {self.width(site)}. "
-                    "It belongs to another model or site."
-                )
-            by_site[site.name] = sae
-            sites.append(site)
+            read_name, written_name = self._names(name, sae)
+            site = self._one_site(read_name, sae.site, sae.d_in, check, sites)
+            written = site
+            if written_name is not None:
+                written = self._one_site(written_name, sae.site_out, sae.d_out, check, sites)
+            by_site[site.name], outs[site.name] = sae, written.name
         for name, sae in by_site.items():
             sae.to(self.device)
             if check == "fingerprint":
-                self._check_fingerprint(name, sae)
+                self._check_fingerprint(name, outs[name], sae)
         with self._lock:
-            taps = _Taps(self._nnsight, sites, by_site, self._lock)
-        return HookedSAEs(self, taps, by_site)
+            taps = _Taps(self._nnsight, sites, by_site, outs, self._lock)
+        return HookedSAEs(self, taps, by_site, outs)
 
-    def fingerprint(self, site: str, sae: SAE, ids: Tensor) -> dict[str, Any]:
-        """What the SAE does on one window of ids: FVU, L0 and mean norm over the mask, and the ids."""
+    @staticmethod
+    def _names(name: str | tuple[str, str], sae: SAE) -> tuple[str, str | None]:
+        """The site that an SAE reads, and the other one that a transcoder writes."""
+        if isinstance(name, str):
+            if sae.is_transcoder and sae.site_out is None:
+                raise SiteError(
+                    f"the transcoder for {name} does not say which site it writes. Name both: "
+                    "model.attach({('layers.2.mlp_in', 'layers.2.mlp_out'): sae})."
+                )
+            return name, sae.site_out if sae.is_transcoder else None
+        if not sae.is_transcoder:
+            raise SiteError(f"{name!r} names two sites, and the SAE is no transcoder: name one.")
+        return name
+
+    def _one_site(self, name: str, recorded: str | None, width: int, check: str, taken: list[Site]) -> Site:
+        """The site of that name, put on the list of those that are taken, for an SAE recorded for `recorded`.
+
+        Raises:
+            SiteError, ShapeError: as `attach` says.
+        """
+        found = resolve(self.lm, name)
+        if len(found) != 1:
+            raise SiteError(f"{name!r} names {len(found)} sites; an SAE is attached at exactly one.")
+        site = found[0]
+        if any((site.path, site.side) == (other.path, other.side) for other in taken):
+            raise SiteError(f"two SAEs are given for {site.name}; attach one SAE per site.")
+        if check != "off" and recorded is not None and not same_site(self.lm, recorded, site.name):
+            raise SiteError(
+                f"this SAE was trained on {recorded}, not on {site.name}: its numbers would be meaningless there. "
+                "Attach it at its own site, or pass check='off' if you mean it."
+            )
+        if width != self.width(site):
+            raise ShapeError(
+                f"the SAE expects width {width}, but {site.name} of {self.model_id} has {self.width(site)}. "
+                "It belongs to another model or site."
+            )
+        taken.append(site)
+        return site
+
+    def fingerprint(self, site: str, sae: SAE, ids: Tensor, *, site_out: str | None = None) -> dict[str, Any]:
+        """What the SAE does on one window of ids: FVU, L0 and mean norm over the mask, and the ids.
+
+        `site_out`: where a transcoder writes.
+        """
         from saehook.metrics import Firing, Reconstruction
 
-        x = next(iter(self.activations(ids[None], site).values()))[0].float()
+        names = [site] if site_out is None or site_out == site else [site, site_out]
+        values = [x[0].float() for x in self.activations(ids[None], names).values()]
+        x, y = values[0], values[-1]
         keep = keep_mask(ids, None, special_ids(self.tokenizer), sae.mask_rule.skip_first_tokens).to(x.device)
-        x = x[keep & ~is_outlier(torch.linalg.vector_norm(x, dim=-1), sae.mask_rule)]
+        keep = keep & ~is_outlier(torch.linalg.vector_norm(x, dim=-1), sae.mask_rule)
+        x, y = x[keep], y[keep]
         with torch.no_grad():
             out = sae(x)
         reconstruction, firing = Reconstruction(), Firing()
-        reconstruction.update(x, out.x_hat)
+        reconstruction.update(y, out.x_hat)
         firing.update(out.acts)
         norm = float(torch.linalg.vector_norm(x.double(), dim=-1).mean())
         return {"fvu": reconstruction.fvu, "l0": firing.l0, "mean_norm": norm, "token_ids": ids.tolist()}
 
-    def _check_fingerprint(self, site: str, sae: SAE) -> None:
+    def _check_fingerprint(self, site: str, site_out: str, sae: SAE) -> None:
         recorded = sae.metadata.get("fingerprint")
         if not recorded:
             raise MissingStatError(
                 f"the SAE for {site} holds no fingerprint, so check='fingerprint' has nothing to compare. Use check='site'."
             )
-        measured = self.fingerprint(site, sae, torch.tensor(recorded["token_ids"]))
+        measured = self.fingerprint(site, sae, torch.tensor(recorded["token_ids"]), site_out=site_out)
         for name in ("fvu", "l0", "mean_norm"):
             ratio = measured[name] / recorded[name] if recorded[name] else float("inf")
             if not 1 / FINGERPRINT_FACTOR <= ratio <= FINGERPRINT_FACTOR:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saehook.editing import Action, EditAction, ReadAction, StopForward
+from saehook.editing import Action, EditAction, ReadAction, SourceAction, StopForward
 from saehook.errors import SiteError
 from saehook.interventions import Edit, Program
 from saehook.positions import Positions
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class HookedSAEs(Runs):
     """A model with SAEs attached; made by `HookedModel.attach`. Edits are arguments of each call, no state stays."""
 
-    def __init__(self, model: HookedModel, taps: Any, saes: dict[str, SAE]) -> None:
+    def __init__(self, model: HookedModel, taps: Any, saes: dict[str, SAE], outs: dict[str, str]) -> None:
         """`taps`: the mounted tap points, from `HookedModel.attach`."""
         self.model = model
         """The clean model."""
@@ -32,7 +33,9 @@ class HookedSAEs(Runs):
         self._vocab_size = model._vocab_size
         self._taps = taps
         self.saes = dict(saes)
-        """The attached SAEs by site."""
+        """The attached SAEs by the site that they read."""
+        self.outs = dict(outs)
+        """The site that each writes, by the one that it reads: the same, but for a transcoder."""
 
     @property
     def sites(self) -> list[str]:
@@ -73,12 +76,22 @@ class HookedSAEs(Runs):
         resolve(self.lm, site)  # a name that the model does not have gets its near misses
         raise SiteError(f"no SAE is attached at {site}; attached are {', '.join(self.sites)}.")
 
-    def actions(self, program: Program) -> dict[str, EditAction]:
-        """The program as one action per site; sites where nothing happens have none."""
+    def actions(self, program: Program) -> dict[str, Action]:
+        """The program as actions by site; sites where nothing happens have none."""
         by_site: dict[str, list[tuple[int, Edit]]] = {name: [] for name in self.sites} if program.splice else {}
         for i, edit in enumerate(program.edits):
             by_site.setdefault(self.resolve_site(edit.site), []).append((i, edit))
-        return {name: EditAction(self.saes[name], edits, program) for name, edits in by_site.items()}
+        actions: dict[str, Action] = {}
+        for name, edits in by_site.items():
+            actions |= self.where_written(name, functools.partial(EditAction, self.saes[name], edits, program))
+        return actions
+
+    def where_written(self, site: str, make: Callable[[SourceAction | None], Action]) -> dict[str, Action]:
+        """An action where the SAE of `site` writes; `make` gets what a transcoder reads, None for an SAE."""
+        if self.outs[site] == site:
+            return {site: make(None)}
+        source = SourceAction(site)
+        return {site: source, self.outs[site]: make(source)}
 
     def _call(self, call: Callable[[], Any], program: Program, positions: Positions) -> tuple[Any, Report]:
         actions = self.actions(program)
@@ -129,14 +142,15 @@ class HookedSAEs(Runs):
         return rows[0] if batch.single else rows
 
 
-def _report(program: Program, actions: Mapping[str, EditAction]) -> Report:
+def _report(program: Program, actions: Mapping[str, Action]) -> Report:
     edits: dict[int, EditReport] = {}
-    for action in actions.values():
+    editing = {site: action for site, action in actions.items() if isinstance(action, EditAction)}
+    for action in editing.values():
         for p in action.edits:
             tokens, dose = p.dose.read()
             edits[p.index] = EditReport(p.edit, tokens, dose)
     sites = []
-    for name, action in actions.items():
+    for name, action in editing.items():
         tokens, dose = action.dose.read()
         sites.append(SiteReport(name, tokens, dose))
     return Report(edits=tuple(edits[i] for i in range(len(program.edits))), sites=tuple(sites))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import WIDTH, random_ids, tiny_sae
 from planted import D_IN, planted
 from torch import Tensor
 
+from saehook import clamp, generation, steer
 from saehook.batches import InputFacts
 from saehook.checkpoint import load_sae, save_sae
 from saehook.config import (
@@ -25,7 +28,8 @@ from saehook.config import (
     TopK,
     TrainConfig,
 )
-from saehook.errors import ArgumentError, ShapeError
+from saehook.errors import ArgumentError, ShapeError, SiteError
+from saehook.evaluation import evaluate
 from saehook.metrics import Reconstruction
 from saehook.sae import SAE
 from saehook.trainer import Run, Trainer
@@ -193,3 +197,124 @@ def test_further_training_begins_where_the_first_ended(tmp_path):
     assert runs[0].metrics["fvu"] < 0.5 * fresh[0].metrics["fvu"]
     with pytest.raises(ShapeError, match="d_sae = 64"):
         train(5120, init=str(tmp_path / "first"), d_sae=32)
+
+
+# --- in a model -------------------------------------------------------------------------------------------------------
+
+READ, WRITTEN = "layers.1.mlp_in", "layers.1.mlp_out"
+
+
+def transcoder(*, skip: bool = False, seed: int = 0) -> SAE:
+    settings = SAEConfig(d_in=WIDTH, d_sae=48, activation=ReLU(), subtract_b_dec=False, d_out=WIDTH, skip=skip)
+    sae = SAE(settings, site=READ, site_out=WRITTEN, generator=torch.Generator().manual_seed(seed))
+    draw = torch.Generator().manual_seed(seed + 1)
+    for parameter in sae.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=draw) / WIDTH**0.5
+    return sae
+
+
+def by_hand(lm: Any, ids: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Logits where the MLP of layer 1 gives `change(its input, its output)`, by a plain torch hook."""
+    mlp = lm.model.layers[1].mlp
+    handle = mlp.register_forward_hook(lambda module, inputs, output: change(inputs[0], output))
+    try:
+        with torch.no_grad():
+            return lm(ids).logits
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoder_stands_in_for_the_mlp(models_by_name, skip):
+    model, lm = models_by_name("llama")
+    sae = transcoder(skip=skip)
+    hooked = model.attach(sae)
+    ids = torch.tensor([random_ids(12)])
+    with torch.no_grad():
+        assert torch.equal(hooked(ids).logits, lm(ids).logits), "attached and idle"
+        spliced = hooked(ids, splice=True).logits
+        torch.testing.assert_close(spliced, by_hand(lm, ids, lambda x, y: sae(x).x_hat), rtol=1e-4, atol=1e-4)
+        edited = hooked(ids, edits=[clamp(3, 2.0), steer(5, 1.5)]).logits
+
+    def change(x: Tensor, y: Tensor) -> Tensor:
+        return y + (2.0 - sae.encode(x)[..., 3:4]) * sae.W_dec[3] + 1.5 * sae.W_dec[5]
+
+    torch.testing.assert_close(edited, by_hand(lm, ids, change), rtol=1e-4, atol=1e-4)
+    hooked.detach()
+
+
+def test_the_edits_of_a_transcoder_are_the_same_cached_and_padded(models_by_name):
+    model, _ = models_by_name("llama")
+    hooked = model.attach(transcoder())
+    edits = [clamp([3, 4], 1.0), steer(5, 0.2, unit="norm", where=generation())]
+    rows = [random_ids(9), random_ids(5, seed=1)]
+    cached = [hooked.generate(row, edits=edits, max_new_tokens=8) for row in rows]
+    for row, expected in zip(rows, cached, strict=True):
+        uncached = hooked.generate(row, edits=edits, max_new_tokens=8, use_cache=False)
+        assert torch.equal(uncached.ids, expected.ids)
+    for padded, expected in zip(hooked.generate(rows, edits=edits, max_new_tokens=8), cached, strict=True):
+        assert torch.equal(padded.ids, expected.ids)
+    assert cached[0].report.edits[0].tokens == 9 + 7
+    hooked.detach()
+
+
+def test_latents_of_a_transcoder_are_sites_in_a_trace(models_by_name):
+    model, lm = models_by_name("llama")
+    sae = transcoder()
+    hooked = model.attach(sae)
+    ids = torch.tensor([random_ids(12)])
+    with torch.no_grad():
+        with hooked.trace(ids):
+            clean = hooked.at(READ).latents.output.save()
+            idle = hooked.model.envoy("lm_head:output").output.save()
+        with hooked.trace(ids):
+            hooked.at(READ).latents.output[:, :, 3] = 2.0
+            changed = hooked.model.envoy("lm_head:output").output.save()
+    hooked.detach()
+    expected: list[Tensor] = []
+    assert torch.equal(idle, by_hand(lm, ids, lambda x, y: (expected.append(sae.encode(x)), y)[1]))
+    torch.testing.assert_close(clean, expected[0], rtol=1e-4, atol=1e-5)
+    rewritten = by_hand(lm, ids, lambda x, y: y + (2.0 - sae.encode(x)[..., 3:4]) * sae.W_dec[3])
+    torch.testing.assert_close(changed, rewritten, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_splices_a_transcoder_where_it_writes(models_by_name):
+    model, lm = models_by_name("llama")
+    sae = transcoder()
+    hooked = model.attach({(READ, WRITTEN): sae, "layers.2.resid_post": tiny_sae(seed=4)})
+    ids = torch.tensor([random_ids(20, seed=i) for i in range(4)])
+    row = evaluate(hooked, ids, progress=False).results[0]
+
+    def ce(change: Callable[[Tensor, Tensor], Tensor]) -> float:
+        logits = by_hand(lm, ids, change)[:, :-1]
+        return float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+    seen: list[tuple[Tensor, Tensor]] = []
+    assert row.ce_clean == pytest.approx(ce(lambda x, y: (seen.append((x, y)), y)[1]), abs=1e-4)
+    assert row.ce_spliced == pytest.approx(ce(lambda x, y: sae(x).x_hat), abs=1e-4)
+    assert row.ce_zero == pytest.approx(ce(lambda x, y: 0 * y), abs=1e-4)
+    x, y = (part.flatten(0, 1) for part in seen[0])
+    measured = Reconstruction()
+    measured.update(y, sae(x).x_hat.detach())
+    assert row.fvu == pytest.approx(measured.fvu, rel=1e-4)
+    hooked.detach()
+
+
+def test_a_transcoder_that_does_not_fit(models_by_name):
+    model, _ = models_by_name("llama")
+    unknown = transcoder()
+    unknown.site_out = None
+    with pytest.raises(SiteError, match="does not say which site it writes"):
+        model.attach(unknown)
+    with pytest.raises(SiteError, match="is no transcoder"):
+        model.attach({(READ, WRITTEN): tiny_sae()})
+    with pytest.raises(SiteError, match=r"trained on layers.1.mlp_out, not on layers.2.mlp_out"):
+        model.attach({(READ, "layers.2.mlp_out"): transcoder()})
+    with pytest.raises(ShapeError, match="expects width 32, but"):
+        model.attach({(READ, "layers.1.mlp_act"): transcoder()}, check="off")
+    with pytest.raises(SiteError, match="one SAE per site"):
+        model.attach({READ: transcoder(), WRITTEN: tiny_sae()})
+    backwards = model.attach({(READ, "layers.0.mlp_out"): transcoder()}, check="off")
+    with pytest.raises(SiteError, match="only after the site it writes"):
+        backwards(random_ids(5), splice=True)
+    backwards.detach()
