@@ -386,7 +386,7 @@ def test_the_cached_run_is_the_run_without_a_cache(tmp_path):
     "wrong",
     [{"skip_first_tokens": -1}, {"max_norm_ratio": 0.5}, {"max_norm_ratio": -3.0}, {"max_norm_ratio": math.nan}],
 )
-def test_a_mask_that_cannot_be_meant_is_refused_before_anything_runs(model, tmp_path, wrong):
+def test_a_mask_that_cannot_be_meant_is_refused_before_anything_runs(model, tmp_path, wrong: dict[str, Any]):
     with pytest.raises(ArgumentError, match=f"{next(iter(wrong))} is"):
         train_saes(model, [config()], documents(), tmp_path / "none", progress=False, **wrong)
     assert not (tmp_path / "none").exists()

@@ -172,6 +172,16 @@ def test_dead_latents_are_counted_in_tokens():
     assert 5 not in run.dead
 
 
+def test_the_file_says_which_latents_were_silent_in_the_end(monkeypatch):
+    """On at least so many tokens, in whole steps; on all where there were fewer."""
+    for wanted, tokens, silent in ((1_000_000, 1024, 5), (1024, 1024, 5), (600, 768, 8), (256, 256, 8)):
+        monkeypatch.setattr("saehook.trainer.DEAD_TOKENS", wanted)
+        run = Run(config(TopK(k=3)), "name", InputFacts.measure(planted(2048)[0], SITE))
+        run.steps = 4
+        run.tokens_since_fired[:8] = torch.tensor([1024] * 5 + [768] * 3)
+        assert run.finish().metadata["dead_at_the_end"] == {"tokens": tokens, "share": silent / D_SAE}
+
+
 def test_dead_latents_come_back():
     x = planted(20_000)[0]
     facts = InputFacts.measure(x, SITE)
