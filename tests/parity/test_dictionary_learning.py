@@ -110,7 +110,7 @@ def test_the_recording_exercises_what_it_is_for(recorded):
         dead = tensors[f"{name}.dead"]
         assert dead.max() > 15, "latents die"
         assert dead[-1] < 5, "and most come back"
-        assert (tensors[f"{name}.aux"] > 0.5).sum() > 40
+        assert (tensors[f"{name}.aux"] > 0.5).sum() > 30
         assert not tensors[f"{name}.{settings['steps']}.b_enc"].eq(0).any()
 
 
