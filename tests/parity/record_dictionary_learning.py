@@ -13,8 +13,16 @@ from typing import Any
 
 import torch
 from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer  # pyright: ignore[reportMissingImports]
+from dictionary_learning.trainers.gdm import GatedSAETrainer  # pyright: ignore[reportMissingImports]
+from dictionary_learning.trainers.matryoshka_batch_top_k import (  # pyright: ignore[reportMissingImports]
+    MatryoshkaBatchTopKTrainer,
+)
+from dictionary_learning.trainers.standard import (  # pyright: ignore[reportMissingImports]
+    StandardTrainer,
+    StandardTrainerAprilUpdate,
+)
 from dictionary_learning.trainers.top_k import TopKTrainer  # pyright: ignore[reportMissingImports]
-from planted import planted
+from planted import D_IN, planted
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,17 +46,17 @@ SETTINGS: dict[str, Any] = {
     "threshold_beta": 0.5,
     "threshold_start_step": 9,
     "mean_square": 6.0,
+    "fractions": (0.25, 0.25, 0.5),
+    "l1_penalty": 0.3,
     "seed": 5,
 }
 
 
 def record(kind: Any, name: str) -> dict[str, Tensor]:
     """Every step of one trainer."""
-    x = planted(STEPS * BATCH, counts="geometric")[0]
-    x = x * (SETTINGS["mean_square"] / x.square().sum(-1).mean()).sqrt()
     trainer = kind(
         steps=STEPS,
-        activation_dim=x.shape[1],
+        activation_dim=D_IN,
         dict_size=D_SAE,
         k=K,
         layer=0,
@@ -79,7 +87,7 @@ def record(kind: Any, name: str) -> dict[str, Tensor]:
         return loss
 
     trainer.get_auxiliary_loss = auxiliary
-    for step, batch in enumerate(x.split(BATCH)):
+    for step, batch in enumerate(batches()):
         trainer.update(step, batch)
         curves["threshold"].append(float(trainer.ae.threshold))
         if step == 0:
@@ -87,6 +95,45 @@ def record(kind: Any, name: str) -> dict[str, Tensor]:
         if step + 1 in KEPT:
             recorded |= {f"{name}.{step + 1}.{key}": value.clone() for key, value in weights(trainer.ae).items()}
     return recorded | {f"{name}.{key}": torch.tensor(curve) for key, curve in curves.items()}
+
+
+NAMES = {
+    "encoder.weight": "W_enc",
+    "encoder.bias": "b_enc",
+    "gate_bias": "b_enc",
+    "decoder.weight": "W_dec",
+    "bias": "b_dec",
+    "decoder_bias": "b_dec",
+    "mag_bias": "b_mag",
+}
+"""Our names of their parameters; the others have the same."""
+
+
+def one_loss(kind: Any, name: str, **settings: Any) -> dict[str, Tensor]:
+    """Random weights, and the loss of one batch with its gradients."""
+    x = batches()[0]
+    trainer = kind(
+        steps=10, activation_dim=x.shape[1], dict_size=D_SAE, layer=0, lm_name="", warmup_steps=0, device="cpu", **settings
+    )
+    generator = torch.Generator().manual_seed(3)
+    parameters = dict(trainer.ae.named_parameters())
+    for parameter in parameters.values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    loss = trainer.loss(x, step=0)
+    loss.backward()
+    recorded = {f"{name}.loss": loss.detach()}
+    for theirs, parameter in parameters.items():
+        assert parameter.grad is not None
+        ours = NAMES.get(theirs, theirs)
+        for what, value in (("start", parameter.data), ("grad", parameter.grad)):
+            recorded[f"{name}.{what}.{ours}"] = (value.T if theirs.endswith(".weight") else value).contiguous().clone()
+    return recorded
+
+
+def batches() -> tuple[Tensor, ...]:
+    """The tokens that are trained on."""
+    x = planted(STEPS * BATCH, counts="geometric")[0]
+    return (x * (SETTINGS["mean_square"] / x.square().sum(-1).mean()).sqrt()).split(BATCH)
 
 
 def weights(ae: Any) -> dict[str, Tensor]:
@@ -102,4 +149,8 @@ def weights(ae: Any) -> dict[str, Tensor]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tensors = record(TopKTrainer, "topk") | record(BatchTopKTrainer, "batchtopk")
+    fractions = SETTINGS["fractions"]
+    tensors |= one_loss(MatryoshkaBatchTopKTrainer, "matryoshka", k=K, group_fractions=fractions, auxk_alpha=0.0)
+    for kind, name in ((StandardTrainer, "relu"), (StandardTrainerAprilUpdate, "relu-april"), (GatedSAETrainer, "gated")):
+        tensors |= one_loss(kind, name, l1_penalty=SETTINGS["l1_penalty"], sparsity_warmup_steps=None)
     save_file(tensors, FILE, metadata={"package": "dictionary_learning 0.1.0", "settings": json.dumps(SETTINGS)})

@@ -1,4 +1,5 @@
-"""Our TopK and BatchTopK trainers against those of `dictionary_learning` 0.1.0, step for step, from a recording.
+"""Our TopK and BatchTopK trainers against those of `dictionary_learning` 0.1.0, step for step, from a recording; of
+Matryoshka, ReLU, its April-2024 variant and Gated one loss and its gradients.
 
 Both start from the same weights and see the same batches; dead latents exist and come back, the gradient is clipped in
 some steps, the learning rate decays in the end. What differs by design is set so that both do the same:
@@ -9,6 +10,8 @@ some steps, the learning rate decays in the end. What differs by design is set s
 - The threshold's running mean starts at once here, faster at first, and late there: compared where both have
   forgotten that.
 - TopK has a running threshold there, too, and latents that are kept at 0 count as firing there: not compared.
+- Matryoshka is divided by the number of groups twice there.
+- Their JumpReLU takes the L0 from what is above the threshold, which loses half of the estimator's window: not compared.
 - The unit norm and the projection have an epsilon there (1e-6): within the tolerance.
 """
 
@@ -25,8 +28,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from saehook.batches import InputFacts, geometric_median
-from saehook.config import BatchTopK, TopK, TrainConfig
+from saehook.config import BatchTopK, Gated, Matryoshka, ReLU, TopK, TrainConfig
 from saehook.losses import total_variance
+from saehook.methods import make_method
 from saehook.trainer import Run
 
 FILE = Path(__file__).with_name("dictionary_learning.safetensors")
@@ -102,6 +106,32 @@ def test_every_step_is_theirs(recorded, monkeypatch, name, kernel):
     assert dead == tensors[f"{name}.dead"].int().tolist()
     if name == "batchtopk":
         torch.testing.assert_close(torch.tensor(thresholds[35:]), tensors["batchtopk.threshold"][35:], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["matryoshka", "relu", "relu-april", "gated"])
+def test_the_loss_and_its_gradients_are_theirs(recorded, name):
+    """Float32, to 1e-5 of the largest gradient."""
+    settings, tensors = recorded
+    activation, own = {
+        "matryoshka": (Matryoshka(k=settings["k"], fractions=settings["fractions"]), {}),
+        "relu": (ReLU(), {"sparsity_coefficient": settings["l1_penalty"]}),
+        "relu-april": (ReLU(), {"sparsity_coefficient": settings["l1_penalty"], "decoder_norm_penalty": True}),
+        "gated": (Gated(), {"sparsity_coefficient": settings["l1_penalty"]}),
+    }[name]
+    config = TrainConfig(site=SITE, activation=activation, d_sae=settings["d_sae"], tokens=1000, **own)
+    method = make_method(config, torch.zeros(D_IN), torch.tensor(1.0))
+    for key, parameter in method.parameters.items():
+        parameter.data.copy_(tensors[f"{name}.start.{key}"])
+    loss = method.terms(batches(settings)[0], config.steps).loss  # at full penalty
+    if name == "matryoshka":
+        loss = loss / len(settings["fractions"])
+    torch.testing.assert_close(loss.detach(), tensors[f"{name}.loss"], rtol=1e-5, atol=0)
+    loss.backward()
+    assert {f"{name}.grad.{key}" for key in method.parameters} == {n for n in tensors if n.startswith(f"{name}.grad.")}
+    for key, parameter in method.parameters.items():
+        expected = tensors[f"{name}.grad.{key}"]
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_the_recording_exercises_what_it_is_for(recorded):
