@@ -1,8 +1,8 @@
 """Records golden.json: `PYTHONPATH=tests python tests/golden/record.py [CASE ...]`.
 
 A tolerance is five times the largest deviation between runs whose data differ in float32's last bits and whose kernels
-are the dense or the sparse ones; it is at least 5e-5 of the value, ten
-pairs of token and latent for an L0, and one and a half latents for a share of latents.
+are the dense or the sparse ones; it is at least 5e-5 of the value, and ten pairs of token and latent for an L0 or one
+and a half latents for a share of latents.
 """
 
 from __future__ import annotations
@@ -30,17 +30,15 @@ def record(case: str, length: str) -> dict[str, dict[str, list[float]]]:
         others.append(run(case, length, jitter))
     del os.environ["SAEHOOK_KERNELS"]
     return {
-        when: {
-            name: [float(f"{value:.7g}"), float(f"{tolerance(name, value, [other[when][name] for other in others]):.2g}")]
-            for name, value in numbers.items()
-        }
+        when: {name: with_tolerance(name, value, [o[when][name] for o in others]) for name, value in numbers.items()}
         for when, numbers in golden.items()
     }
 
 
-def tolerance(name: str, value: float, others: list[float]) -> float:
-    """How far another machine may be off."""
-    return max(5 * max(abs(other - value) for other in others), 5e-5 * abs(value), LEAST.get(name, 1e-6))
+def with_tolerance(name: str, value: float, others: list[float]) -> list[float]:
+    """The value, and how far another machine may be off."""
+    tolerance = max(5 * max(abs(other - value) for other in others), 5e-5 * abs(value), LEAST.get(name, 1e-6))
+    return [float(f"{value:.7g}"), float(f"{tolerance:.2g}")]
 
 
 def as_text(recorded: dict[str, dict[str, Any]]) -> str:

@@ -70,7 +70,9 @@ def run(case: str, length: str, jitter: int = 0) -> Numbers:
         (sae,) = trainer.fit()
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     names = ("loss", "fvu", "l0", "auxk", "dead_share", "threshold")
-    numbers = {f"step {line['step']}": {n: line[n] for n in names if n in line} for line in lines if line["step"] in kept}
+    numbers = {
+        f"step {line['step']}": {n: line[n] for n in names if n in line} for line in lines if line["step"] in kept
+    }
     return numbers | {"end": measure(sae)}
 
 

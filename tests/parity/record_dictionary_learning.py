@@ -113,7 +113,14 @@ def one_loss(kind: Any, name: str, **settings: Any) -> dict[str, Tensor]:
     """Random weights, and the loss of one batch with its gradients."""
     x = batches()[0]
     trainer = kind(
-        steps=10, activation_dim=x.shape[1], dict_size=D_SAE, layer=0, lm_name="", warmup_steps=0, device="cpu", **settings
+        steps=10,
+        activation_dim=x.shape[1],
+        dict_size=D_SAE,
+        layer=0,
+        lm_name="",
+        warmup_steps=0,
+        device="cpu",
+        **settings,
     )
     generator = torch.Generator().manual_seed(3)
     parameters = dict(trainer.ae.named_parameters())
@@ -151,6 +158,10 @@ if __name__ == "__main__":
     tensors = record(TopKTrainer, "topk") | record(BatchTopKTrainer, "batchtopk")
     fractions = SETTINGS["fractions"]
     tensors |= one_loss(MatryoshkaBatchTopKTrainer, "matryoshka", k=K, group_fractions=fractions, auxk_alpha=0.0)
-    for kind, name in ((StandardTrainer, "relu"), (StandardTrainerAprilUpdate, "relu-april"), (GatedSAETrainer, "gated")):
+    for kind, name in (
+        (StandardTrainer, "relu"),
+        (StandardTrainerAprilUpdate, "relu-april"),
+        (GatedSAETrainer, "gated"),
+    ):
         tensors |= one_loss(kind, name, l1_penalty=SETTINGS["l1_penalty"], sparsity_warmup_steps=None)
     save_file(tensors, FILE, metadata={"package": "dictionary_learning 0.1.0", "settings": json.dumps(SETTINGS)})
