@@ -312,6 +312,7 @@ def _provenance(hooked: HookedSAEs, tokens: Windows | Tensor, n_tokens: int) -> 
             "documents": tokens.documents,
             "dropped_tail": tokens.dropped_tail,
             **tokens.rule,
+            **({"dataset": tokens.dataset} if tokens.dataset else {}),
         }
         if isinstance(tokens, Windows)
         else {"window": tokens.shape[1]}

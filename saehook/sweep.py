@@ -24,7 +24,7 @@ from saehook.config import METHODS, PENALISED, Method, TrainConfig, count, uses
 from saehook.errors import ArgumentError, FileError, FormatError
 
 DEFAULT_K = 32
-RUN_SETTINGS = {"lm", "text", "out", "eval_text", "eval_tokens", "repeat", "dtype", "cache", "checkpoint_seconds"}
+RUN_SETTINGS = {"lm", "text", "out", "eval_text", "eval_tokens", "repeat", "dtype", "cache", "checkpoint_seconds", "log"}
 """Settings of the whole run, which are not those of an SAE."""
 METHOD_SETTINGS = {field.name for kind in METHODS.values() for field in dataclasses.fields(kind)}
 SAE_SETTINGS = {field.name for field in dataclasses.fields(TrainConfig)} | METHOD_SETTINGS
