@@ -13,15 +13,18 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saehook.bundle import bundled
 from saehook.config import MAX_NORM_RATIO, METHODS, TrainConfig, activation_to_dict, count
 from saehook.errors import ArgumentError, SaehookError, TrainingInterrupted
+from saehook.loggers import LOGGERS, check_loggers
 
 if TYPE_CHECKING:
+    from saehook.corpus import Document
+    from saehook.dataset_text import DatasetText
     from saehook.hooked_model import HookedModel
     from saehook.hooked_saes import HookedSAEs
     from saehook.sae import SAE
@@ -31,6 +34,9 @@ DEFAULT_PROMPT = "def load(path):\n"
 RUN = "run.json"
 """In the folder of a training run: its settings, for `--resume`."""
 TRAIN_TOKENS, EVAL_TOKENS = "600k", "50k"
+TEXT_HELP = """text files, .jsonl (one {"text": ...} a line), folders of them, or one Hugging Face dataset, streamed:
+hf:NAME[,config=..][,split=train][,column=text][,skip=N][,take=N][,revision=..], NAME on the hub or a folder
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--sae", nargs="+", metavar="DIR", help="SAE folders (default: the bundled ones)")
 
     def add_text(sub: argparse.ArgumentParser, what: str, tokens: str, *, preset: bool = True) -> None:
-        sub.add_argument("--text", nargs="+", metavar="FILE", help=f"text, .jsonl or folders {what}")
+        sub.add_argument("--text", nargs="+", metavar="TEXT", help=f"{TEXT_HELP} {what}")
         default = count(tokens) if preset else None
         sub.add_argument(
             "--tokens", type=_count, default=default, metavar="N", help=f"tokens, e.g. 100k (default: {tokens})"
@@ -143,8 +149,9 @@ def _add_training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--eval-text",
         nargs="+",
-        metavar="FILE",
-        help="held-out text (default: held-out modules of the standard library)",
+        metavar="TEXT",
+        help="held-out text, written like --text; a dataset is read as far as --eval-tokens asks for\n"
+        "(default: held-out modules of the standard library)",
     )
     sub.add_argument("--eval-tokens", type=_count, metavar="N", help=f"0 skips the evaluation (default: {EVAL_TOKENS})")
     sub.add_argument(
@@ -170,6 +177,13 @@ def _add_training(sub: argparse.ArgumentParser) -> None:
         help="keep the activations here, so that the next run needs no pass of the LM",
     )
     sub.add_argument("--checkpoint-seconds", type=float, metavar="N", help="time between checkpoints (default: 600)")
+    sub.add_argument(
+        "--log",
+        nargs="+",
+        choices=list(LOGGERS),
+        help="show the curves there, too: tensorboard (tensorboard --logdir OUT/tensorboard), wandb (project and mode by\n"
+        "its variables WANDB_PROJECT, WANDB_MODE). Each is an extra: pip install 'saehook[tensorboard]'",
+    )
     documentation = _field_documentation(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         if field.name in {"site", "activation", "d_sae", "tokens"}:
@@ -266,13 +280,32 @@ def _attach(arguments: argparse.Namespace) -> tuple[HookedSAEs, dict[str, Path]]
     return model.attach(saes), folders
 
 
-def _held_out(texts: Sequence[str] | None, tokens: int, model: HookedModel) -> Windows:
+def _held_out(documents: Iterable[Document] | None, tokens: int, model: HookedModel) -> Windows:
     """Windows of the text, or of the held-out modules."""
     from saehook import corpus
     from saehook.tokenization import window_size, windows
 
-    files = corpus.text_files(texts) if texts else corpus.held_out_files()
-    return windows(corpus.read_documents(files), model.tokenizer, window_size(model.context), max_tokens=tokens)
+    if documents is None:
+        documents = corpus.read_documents(corpus.held_out_files())
+    found = windows(documents, model.tokenizer, window_size(model.context), max_tokens=tokens)
+    if (dataset := found.dataset) is not None:
+        print(
+            f"note: of {dataset['name']} ({dataset['split']}) {found.documents:,} documents are used.", file=sys.stderr
+        )
+    return found
+
+
+def _documents(settings: dict[str, Any], name: str) -> Sequence[Document] | DatasetText | None:
+    """The documents of `text` or `eval_text`, None where it is not given. Of a dataset the settings then hold the commit or
+    folder of today, for `--resume`."""
+    from saehook.dataset_text import DatasetText, documents_of
+
+    if settings.get(name) is None:
+        return None
+    documents = documents_of(settings[name])
+    if isinstance(documents, DatasetText):
+        settings[name] = [documents.spec]
+    return documents
 
 
 def _note_other_text(hooked: HookedSAEs, text: Windows) -> None:
@@ -325,7 +358,7 @@ def _evaluated(arguments: argparse.Namespace) -> tuple[HookedSAEs, dict[str, Pat
     from saehook.evaluation import evaluate as run
 
     hooked, folders = _attach(arguments)
-    text = _held_out(arguments.text, arguments.tokens, hooked.model)
+    text = _held_out(_documents(vars(arguments), "text"), arguments.tokens, hooked.model)
     if not arguments.text:
         _note_other_text(hooked, text)
     result = run(hooked, text, names={site: folder.name for site, folder in folders.items()})
@@ -363,10 +396,12 @@ def train(arguments: argparse.Namespace) -> None:
         lambda pattern: [site.name for site in model.sites(pattern)],
         lambda site: model.width(model.sites(site)[0]),
     )
-    text = settings.get("text")
-    documents = list(corpus.read_documents(corpus.text_files(text) if text else corpus.python_files()))
+    documents = _documents(settings, "text")
+    if documents is None:
+        documents = list(corpus.read_documents(corpus.python_files()))
     eval_tokens = count(settings.get("eval_tokens", EVAL_TOKENS))
-    held_out = _held_out(settings.get("eval_text"), eval_tokens, model) if eval_tokens else None
+    held_out = _held_out(_documents(settings, "eval_text"), eval_tokens, model) if eval_tokens else None
+    check_loggers(_listed(settings.get("log", [])))
     if arguments.resume is None:
         check_unused(out)
         atomic_write(out / RUN, json.dumps(settings, indent=1) + "\n")
@@ -382,6 +417,7 @@ def train(arguments: argparse.Namespace) -> None:
         dtype=getattr(torch, dtype),
         cache=None if settings.get("cache") is None else Path(settings["cache"]),
         resume=arguments.resume is not None,
+        log=_listed(settings.get("log", [])),
         **({"checkpoint_seconds": settings["checkpoint_seconds"]} if "checkpoint_seconds" in settings else {}),
     )
     if run.evaluation is not None:
@@ -529,10 +565,10 @@ def stats(arguments: argparse.Namespace) -> None:
     from saehook.tokenization import window_size, windows
 
     hooked, folders = _attach(arguments)
-    files = corpus.text_files(arguments.text) if arguments.text else corpus.python_files()
-    text = windows(
-        corpus.read_documents(files), hooked.tokenizer, window_size(hooked.model.context), max_tokens=arguments.tokens
-    )
+    documents = _documents(vars(arguments), "text")
+    if documents is None:
+        documents = corpus.read_documents(corpus.python_files())
+    text = windows(documents, hooked.tokenizer, window_size(hooked.model.context), max_tokens=arguments.tokens)
     for site, measured in measure_stats(hooked, text).items():
         sae = hooked.saes[site]
         sae.stats = measured

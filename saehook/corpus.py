@@ -9,12 +9,14 @@ Standard library only; imported by scripts that run where saehook's own dependen
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from saehook.errors import FileError
 
@@ -34,6 +36,9 @@ PACKAGES = (
 """Packages whose Python source is used for training where they are installed."""
 
 MIN_FILE_BYTES, MAX_FILE_BYTES = 400, 200_000
+JSON_LINES = (".jsonl", ".jsonl.gz")
+SUFFIXES = (".txt", ".py", ".md", *JSON_LINES)
+"""Names of the files that are read in a folder."""
 
 
 class Document(NamedTuple):
@@ -90,7 +95,7 @@ def python_files() -> list[Path]:
 
 
 def text_files(paths: Iterable[str | Path]) -> list[Path]:
-    """Files named by `paths`: files as they are, folders as their `*.txt`, `*.py`, `*.md` and `*.jsonl`, sorted.
+    """Files named by `paths`: files as they are, folders as what lies below them with a name in `SUFFIXES`, sorted.
 
     Raises:
         FileError: a path does not exist, or a folder holds no such file.
@@ -98,9 +103,12 @@ def text_files(paths: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(f for f in path.rglob("*") if f.suffix in {".txt", ".py", ".md", ".jsonl"} and f.is_file())
+            inside = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file())
             if not inside:
-                raise FileError(f"the folder {path} holds no .txt, .py, .md or .jsonl file. Name a folder that does.")
+                raise FileError(
+                    f"the folder {path} holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file. Name a folder that does; "
+                    f"hf:{path} reads a folder of parquet or other files of a dataset."
+                )
             files += inside
         elif path.is_file():
             files.append(path)
@@ -110,7 +118,7 @@ def text_files(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
-    """Documents in the order of `paths`: a text file is one, each line of a `.jsonl` file is one (its `"text"`).
+    """Documents in the order of `paths`: a text file is one, each line of a `JSON_LINES` file is one (its `"text"`).
 
     Bytes that are not UTF-8 are replaced by U+FFFD. Empty documents are left out.
 
@@ -118,34 +126,48 @@ def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
         FileError: a file cannot be read, or a line of a `.jsonl` file is not an object with a string `"text"`.
     """
     for path in map(Path, paths):
+        opened = gzip.open if path.suffix == ".gz" else open
         try:
-            content = path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
+            with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+                if path.name.endswith(JSON_LINES):
+                    # Lines end with \n alone: str.splitlines would also cut at U+2028, which JSON allows in a string.
+                    yield from _json_lines(path, file)
+                elif (content := file.read()).strip():
+                    yield Document(path.name, content)
+        except (OSError, EOFError, zlib.error) as error:
+            if isinstance(error, FileError):
+                raise
             raise FileError(f"cannot read the text file {path}: {error}. Check the path and its permissions.") from None
-        if path.suffix != ".jsonl":
-            if content.strip():
-                yield Document(path.name, content)
+
+
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[Document]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
             continue
-        for number, line in enumerate(content.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, TypeError, KeyError):
-                text = None
-            if not isinstance(text, str):
-                raise FileError(
-                    f'line {number} of {path} is not a JSON object with a string under "text". '
-                    f'One document a line is expected: {{"text": "..."}}.'
-                )
-            if text.strip():
-                yield Document(f"{path.name}:{number}", text)
+        try:
+            fields: Any = json.loads(line.removeprefix("\ufeff"))
+        except ValueError:
+            fields = None
+        text = fields.get("text") if isinstance(fields, dict) else None
+        if not isinstance(text, str):
+            found = f"; its fields are {', '.join(fields)}" if isinstance(fields, dict) and fields else ""
+            raise FileError(
+                f'line {number} of {path} is not a JSON object with a string under "text"{found}. One document a line is '
+                'expected: {"text": "..."}. A folder whose files have another field is read with hf:FOLDER,column=FIELD.'
+            )
+        if text.strip():
+            yield Document(f"{path.name}:{number}", text)
 
 
 def text_hash(documents: Iterable[Document]) -> str:
     """sha256 over the documents' texts in order, as hexadecimal; names do not count."""
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(document.text.encode("utf-8", "surrogatepass"))
-        digest.update(b"\0")
+        update_text_hash(digest, document)
     return digest.hexdigest()
+
+
+def update_text_hash(digest: hashlib._Hash, document: Document) -> None:
+    """Add one document to a `text_hash`."""
+    digest.update(document.text.encode("utf-8", "surrogatepass"))
+    digest.update(b"\0")

@@ -355,6 +355,7 @@ def _provenance(hooked: HookedSAEs, tokens: Windows | Tensor) -> dict[str, Any]:
             "documents": tokens.documents,
             "dropped_tail": tokens.dropped_tail,
             **tokens.rule,
+            **({"dataset": tokens.dataset} if tokens.dataset else {}),
         }
         if isinstance(tokens, Windows)
         else {"window": tokens.shape[1]}

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from saehook.config import MaskRule
 from saehook.corpus import Document, text_hash
+from saehook.dataset_text import DatasetText
 from saehook.errors import ArgumentError
 from saehook.hooked_model import HookedModel
 from saehook.tokenization import WindowCutter, is_outlier, keep_mask, special_ids
@@ -35,11 +36,42 @@ MANY_OUTLIERS = 0.05
 """Share of them beyond which the rule is said to be wrong."""
 
 
+class ShuffledDocuments(Iterator[Document]):
+    """One pass over documents in memory, in an order that `seed` decides."""
+
+    def __init__(self, documents: Sequence[Document], seed: str) -> None:
+        self.documents = documents
+        self.order = list(range(len(documents)))
+        random.Random(seed).shuffle(self.order)
+        self.position = 0
+
+    def __next__(self) -> Document:
+        if self.position == len(self.order):
+            raise StopIteration
+        self.position += 1
+        return self.documents[self.order[self.position - 1]]
+
+    def state(self) -> int:
+        """The place."""
+        return self.position
+
+    def load_state(self, state: int) -> None:
+        """Go on where `state` was taken."""
+        self.position = state
+
+
 class TextStream(Iterator[Tensor]):
-    """Windows of ids, [window] int64, of documents in an order that the seed decides; once, or again and again."""
+    """Windows of ids, [window] int64, of documents in an order that the seed decides, or of a dataset in its own order;
+    once, or again and again."""
 
     def __init__(
-        self, documents: Sequence[Document], tokenizer: Any, window: int, *, repeat: bool = False, seed: int = 0
+        self,
+        documents: Sequence[Document] | DatasetText,
+        tokenizer: Any,
+        window: int,
+        *,
+        repeat: bool = False,
+        seed: int = 0,
     ) -> None:
         """`repeat`: begin again, in another order, when the text ends."""
         self.documents = documents
@@ -51,20 +83,21 @@ class TextStream(Iterator[Tensor]):
         """Windows given out so far."""
         self.passes = 0
         """Times that the whole text has been read."""
+        self.read = 0
+        """Documents read so far, in all passes."""
         self._cutter = WindowCutter(tokenizer, window)
-        self._order = self._shuffled_order()
-        self._document = 0
-        """Position in the order of the next document."""
+        self._reader = self._from_the_start()
         self._ready: list[Tensor] = []
-        self._before: list[int] = []
-        """Pending ids before the document that the ready windows come from."""
+        self._before = {"documents": self._reader.state(), "read": 0, "pending": []}
+        """The place before the document that the ready windows come from."""
         self._taken = 0
         """How many of that document's windows have been given out."""
 
-    def _shuffled_order(self) -> list[int]:
-        order = list(range(len(self.documents)))
-        random.Random(f"{self.seed} {self.passes}").shuffle(order)
-        return order
+    def _from_the_start(self) -> Any:
+        """A reader of the documents of this pass."""
+        if isinstance(self.documents, DatasetText):
+            return iter(self.documents)
+        return ShuffledDocuments(self.documents, f"{self.seed} {self.passes}")
 
     def __next__(self) -> Tensor:
         """Raises ArgumentError where the whole text fills no window."""
@@ -76,17 +109,19 @@ class TextStream(Iterator[Tensor]):
 
     def _advance(self) -> None:
         """Read one more document, or begin the next pass."""
-        if self._document < len(self._order):
-            self._before = self._cutter.pending
-            self._ready, self._taken = self._cutter.add(self.documents[self._order[self._document]]), 0
-            self._document += 1
+        before = {"documents": self._reader.state(), "read": self.read, "pending": self._cutter.pending}
+        document = next(self._reader, None)
+        if document is not None:
+            self.read += 1
+            self._before = before
+            self._ready, self._taken = self._cutter.add(document), 0
             return
         if self.served == 0:
             raise ArgumentError(f"the text fills no window of {self.window} tokens. Give more text.")
         if not self.repeat:
             raise StopIteration
         self.passes += 1
-        self._order, self._document = self._shuffled_order(), 0
+        self._reader = self._from_the_start()
         self._cutter = WindowCutter(self.tokenizer, self.window)
 
     def state(self) -> dict[str, Any]:
@@ -94,16 +129,22 @@ class TextStream(Iterator[Tensor]):
         return {
             "served": self.served,
             "passes": self.passes,
-            "document": self._document,
-            "pending": self._before,
             "taken": self._taken,
+            "before": self._before,
             "sha256": self.sha256,
         }
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the documents (`corpus.text_hash`)."""
-        return text_hash(self.documents)
+        """Hash of the documents (`corpus.text_hash`); of a dataset its fingerprint."""
+        return self.documents.fingerprint if isinstance(self.documents, DatasetText) else text_hash(self.documents)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was read, for the files of SAEs."""
+        if isinstance(self.documents, DatasetText):
+            return {"dataset": self.documents.facts, "documents": self.read}
+        return {"sha256": self.sha256, "documents": len(self.documents)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken, of a stream over the same documents.
@@ -117,10 +158,11 @@ class TextStream(Iterator[Tensor]):
                 "Resume with the same text, or start anew in another folder."
             )
         self.served, self.passes = state["served"], state["passes"]
-        self._order, self._document = self._shuffled_order(), state["document"]
-        self._cutter.pending = list(state["pending"])
-        if self._document:
-            self._document -= 1
+        before = state["before"]
+        self._reader = self._from_the_start()
+        self._reader.load_state(before["documents"])
+        self.read, self._cutter.pending = before["read"], list(before["pending"])
+        if self.served:
             self._advance()
         self._taken = state["taken"]
 

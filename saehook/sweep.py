@@ -27,7 +27,7 @@ from saehook.errors import ArgumentError, FileError, FormatError
 DEFAULT_K = 32
 RUN_SETTINGS = {
     "lm", "text", "out", "eval_text", "eval_tokens", "repeat", "skip_first_tokens", "max_norm_ratio", "dtype", "cache",
-    "checkpoint_seconds",
+    "checkpoint_seconds", "log",
 }  # fmt: skip
 """Settings of the whole run, which are not those of an SAE."""
 METHOD_SETTINGS = {field.name for kind in METHODS.values() for field in dataclasses.fields(kind)}

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from saehook.config import MaskRule
-from saehook.corpus import Document, text_hash
+from saehook.corpus import Document, update_text_hash
+from saehook.dataset_text import DatasetText
 from saehook.errors import ArgumentError
 
 MAX_WINDOW = 256
@@ -33,13 +34,16 @@ class Windows:
     ids: Tensor
     """Token ids, [n, window], int64."""
     text_sha256: str
-    """Hash of the whole text (`corpus.text_hash`), also of what lies beyond the last window."""
+    """Hash of the whole text (`corpus.text_hash`), also of what lies beyond the last window; of a dataset, which is read no
+    further than needed, of the documents read."""
     documents: int
-    """Documents of the text."""
+    """Documents of the text, or those read of a dataset."""
     dropped_tail: int
     """Tokens at the end of the text that filled no window; 0 where `max_tokens` ended the windows before."""
     rule: dict[str, Any] = field(default_factory=dict)
     """The window rule as data: window, separator, starts_with_bos."""
+    dataset: dict[str, Any] | None = None
+    """`DatasetText.facts` where the text is a dataset."""
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -117,16 +121,23 @@ def windows(documents: Iterable[Document], tokenizer: Any, window: int, *, max_t
     Raises:
         ArgumentError: the text fills no window.
     """
-    documents = list(documents)
     special = special_ids(tokenizer)
     cutter = WindowCutter(tokenizer, window)
+    dataset = documents.facts if isinstance(documents, DatasetText) else None
     rows: list[Tensor] = []
-    counted = 0
-    for row in (row for document in documents for row in cutter.add(document)):
-        rows.append(row)
-        counted += int(keep_mask(row, None, special).sum())
-        if max_tokens is not None and counted >= max_tokens:
-            cutter.pending = []
+    counted = read = 0
+    full = False
+    digest = hashlib.sha256()
+    for document in documents:
+        update_text_hash(digest, document)
+        read += 1
+        for row in [] if full else cutter.add(document):
+            rows.append(row)
+            counted += int(keep_mask(row, None, special).sum())
+            if full := max_tokens is not None and counted >= max_tokens:
+                cutter.pending = []
+                break
+        if full and dataset is not None:
             break
     if not rows:
         raise ArgumentError(
@@ -137,7 +148,7 @@ def windows(documents: Iterable[Document], tokenizer: Any, window: int, *, max_t
         "separator": "bos" if tokenizer.bos_token_id is not None else "eos",
         "starts_with_bos": tokenizer.bos_token_id is not None,
     }
-    return Windows(torch.stack(rows), text_hash(documents), len(documents), len(cutter.pending), rule)
+    return Windows(torch.stack(rows), digest.hexdigest(), read, len(cutter.pending), rule, dataset)
 
 
 @dataclass

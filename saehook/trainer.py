@@ -26,6 +26,7 @@ from saehook.checkpoint import load_sae
 from saehook.config import BatchTopK, TrainConfig, activation_to_dict, method_to_dict
 from saehook.errors import ArgumentError, FileError, TrainingError, TrainingInterrupted
 from saehook.files import DISK_FULL, atomic_write
+from saehook.loggers import Loggers, check_loggers
 from saehook.methods import Terms, make_method
 from saehook.optim import DecoderConstrainedAdam, normalize_rows_
 from saehook.run_state import load_state, save_state
@@ -350,15 +351,17 @@ class Trainer:
         log_dir: str | Path | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        log: Sequence[str] = (),
         progress: bool = True,
     ) -> None:
         """`batches` yields activations of shuffled tokens, as many at a time as it likes: a dict from each site to
         [n, d_in], or plain tensors where all configs share one site. It should go on for `calibration_tokens` beyond
         the training tokens. `d_in` is the width, of all sites or by site. `log_dir` gets `metrics.jsonl`,
-        `checkpoint_dir` a checkpoint every `checkpoint_seconds` and when the run is stopped.
+        `checkpoint_dir` a checkpoint every `checkpoint_seconds` and when the run is stopped. `log` names further logs to
+        write, "tensorboard" and "wandb" (`loggers`), which need `log_dir`, too.
 
         Raises:
-            ArgumentError: no config, different batch sizes, or a site without width.
+            ArgumentError: no config, different batch sizes, a site without width, or a logger that is not installed.
         """
         self.configs = list(configs)
         sizes = {config.resolved_batch_tokens for config in self.configs}
@@ -375,6 +378,10 @@ class Trainer:
         self.batches = batches
         self.device = device
         self.log_file = None if log_dir is None else Path(log_dir) / METRICS
+        check_loggers(log)
+        if log and log_dir is None:
+            raise ArgumentError(f"{', '.join(log)} needs a folder. Give log_dir, too.")
+        self.log = tuple(log)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.checkpoint_seconds = checkpoint_seconds
         self.progress = progress
@@ -413,7 +420,10 @@ class Trainer:
                 bar.unpause()
             else:
                 self.runs, self.steps = self._start(stream), 0
-            self._train(stream, bar)
+            settings = {run.name: resolved_settings(run.config, run.k_aux) for run in self.runs}
+            folder = None if self.log_file is None else self.log_file.parent
+            with contextlib.closing(Loggers(self.log, folder, settings, self.steps)) as self.loggers:
+                self._train(stream, bar)
             if self.checkpoint_dir is not None:  # what follows can be done again
                 self._save(stream)
         if (trained := self.steps * self.batch_tokens) < total:
@@ -483,6 +493,7 @@ class Trainer:
             file = self.log_file
             text = "".join(json.dumps(line) + "\n" for line in lines)
             self._patiently(lambda: _append(file, text), bar)
+        self.loggers.write(lines)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

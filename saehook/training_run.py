@@ -18,11 +18,13 @@ from saehook.activation_cache import ActivationCache, cache_key, lm_pass, weight
 from saehook.checkpoint import save_sae
 from saehook.config import MAX_NORM_RATIO, MaskRule, TrainConfig
 from saehook.corpus import Document
+from saehook.dataset_text import DatasetText
 from saehook.errors import ArgumentError
 from saehook.evaluation import EvalResult, evaluate
 from saehook.files import atomic_write
 from saehook.harvest import Shuffled, TextStream, activations_of, mask_rules, without_outliers
 from saehook.hooked_model import HookedModel
+from saehook.loggers import check_loggers
 from saehook.reports import write_report
 from saehook.run_state import checkpoints
 from saehook.sae import SAE
@@ -55,7 +57,7 @@ class TrainingRun:
 def train_saes(
     model: HookedModel,
     configs: Sequence[TrainConfig],
-    documents: Sequence[Document],
+    documents: Sequence[Document] | DatasetText,
     out: Path,
     *,
     held_out: Windows | None = None,
@@ -67,6 +69,7 @@ def train_saes(
     progress: bool = True,
     resume: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    log: Sequence[str] = (),
 ) -> TrainingRun:
     """Train SAEs on text in one pass of the language model and write each into a folder of its own below `out`.
 
@@ -74,7 +77,7 @@ def train_saes(
     checkpoints go away when the SAEs are written.
 
     Args:
-        documents: the training text; read in an order shuffled by the first config's seed.
+        documents: the training text; read in an order shuffled by the first config's seed, a dataset in its own order.
         held_out: windows to evaluate on; the result goes into every file and into `out/eval.json`.
         repeat: begin again when the text ends before `tokens`; else training ends there, and says so.
         skip_first_tokens: leave out so many tokens at the start of each window.
@@ -84,10 +87,12 @@ def train_saes(
         cache: folder for the activations, in bfloat16 (2 bytes x width x tokens a site): another run on the same text, LM
             and first seed needs no pass of the LM.
         resume: go on from the newest checkpoint in `out`; everything else must be as it was.
+        log: "tensorboard", "wandb" or both; the curves go there, too (`loggers`).
 
     Raises:
-        ArgumentError: no config, two that would be written to the same folder, or an `out` that holds an unfinished run;
-            with `resume`, other settings or text; a negative `skip_first_tokens`, or a `max_norm_ratio` below 1 but 0.
+        ArgumentError: no config, two that would be written to the same folder, an `out` that holds an unfinished run, or
+            a logger that is not installed; with `resume`, other settings or text; a negative `skip_first_tokens`, or a
+            `max_norm_ratio` below 1 but 0.
         TrainingInterrupted: a signal.
         SiteError: a site that the model does not have. Nothing is trained then.
     """
@@ -104,6 +109,7 @@ def train_saes(
     folders = [out / _folder(config, configs) for config in configs]
     if len(set(folders)) < len(folders):
         raise ArgumentError("two configs have the same site, activation and size. Change one, or train them apart.")
+    check_loggers(log)
     if not resume:
         check_unused(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -150,6 +156,7 @@ def train_saes(
         log_dir=out,
         checkpoint_dir=out / CHECKPOINTS,
         checkpoint_seconds=checkpoint_seconds,
+        log=log,
         progress=progress,
     )
     if not resume:
@@ -159,7 +166,7 @@ def train_saes(
     read = {"windows_read": text.served, "passes": text.passes + 1} if cache is None else {"cached": True}
     source = {
         "lm": lm,
-        "text": {"sha256": text.sha256, "documents": len(documents), "window": text.window, **read},
+        "text": {**text.facts, "window": text.window, **read},
     }
     sample = held_out.ids[0] if held_out is not None else next(TextStream(documents, model.tokenizer, text.window))
     trained = []

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "saehook"
 # line. `kernels/*` means every file of that folder; these may import each other.
 LAYERS = [
     "errors metrics kernels/*",
-    "config corpus bundle files",
+    "config corpus dataset_text bundle files loggers",
     "activation_fns interventions sites tokenization sweep run_state",
     "losses sae positions optim",
     "batches checkpoint editing results calibration methods",
