@@ -50,7 +50,7 @@ def auxk(
     if dead.numel() == 0:
         return target.new_zeros(())
     k_aux = min(k_aux, dead.numel())
-    values, selection = kernels.encode(
+    pre, selection = kernels.encode(
         x,
         W_enc.T.index_select(0, dead).T,
         b_enc.index_select(0, dead),
@@ -58,7 +58,7 @@ def auxk(
         lambda pre_acts: kernels.topk(pre_acts, k_aux),
         k=k_aux,
     )
-    decoded = kernels.decode(values, W_dec.index_select(0, dead), selection, k=k_aux)
+    decoded = kernels.decode(pre.relu(), W_dec.index_select(0, dead), selection, k=k_aux)
     variance = total_variance(target)
     share = torch.where(variance > 0, 1 / variance, 0)
     return (squared_error(target, decoded) * share).nan_to_num(0.0)

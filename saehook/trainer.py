@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saehook import losses
+from saehook import kernels, losses
 from saehook.batches import Batch, InputFacts, Stream
 from saehook.calibration import Calibration, Calibrator
 from saehook.config import BatchTopK, TrainConfig, method_to_dict
@@ -91,8 +91,8 @@ class Run:
         """Whether all steps are taken."""
         return self.steps >= self.config.steps
 
-    def step(self, x: Tensor, scratch: Tensor | None = None) -> None:
-        """One optimiser step on raw activations `x` [batch_tokens, d_in]; for `scratch` see `kernels.encode`."""
+    def step(self, x: Tensor, scratch: kernels.Scratch | None = None) -> None:
+        """One optimiser step on raw activations `x` [batch_tokens, d_in]; `scratch` is memory that steps share."""
         x = x * self.facts.scale
         terms = self.method.terms(x, self.steps, scratch)
         sane = torch.stack([x.sum().isfinite(), terms.loss.detach().isfinite()])
@@ -122,7 +122,7 @@ class Run:
     def _track_firing(self, terms: Terms, tokens: int) -> None:
         """Count tokens since each latent fired; follow the threshold of a BatchTopK."""
         self.tokens_since_fired = torch.where(terms.fired > 0, 0, self.tokens_since_fired + tokens)
-        if not self.dead.is_cuda or self.steps % DEVICE_REFRESH_STEPS == 0:
+        if not kernels.queued(self.dead.device) or self.steps % DEVICE_REFRESH_STEPS == 0:
             self.dead = self.is_dead.nonzero().view(-1)
         if (smallest := terms.smallest) is not None:
             beta = min(self.config.threshold_beta, self.steps / (self.steps + 10))
@@ -402,8 +402,7 @@ class Trainer:
     def _train(self, stream: Stream, bar: tqdm) -> None:
         """All steps, or as many as there are tokens for."""
         saved = time.monotonic()
-        on_cpu = torch.device(self.device).type == "cpu"
-        scratch = torch.empty(self.batch_tokens * max(c.d_sae for c in self.configs)) if on_cpu else None
+        scratch = kernels.Scratch()
         while not all(run.done for run in self.runs):
             if self._stop.is_set():
                 raise TrainingInterrupted(self._said_where(stream, bar))

@@ -36,7 +36,8 @@ def gradients(kernel, tensors: list[Tensor], select) -> tuple[Tensor, list[Tenso
 def autoencode(kernel, x: Tensor, weights: list[Tensor], select) -> tuple[Tensor, Tensor]:
     """Decoded batch and the selected activations."""
     W_enc, b_enc, W_dec, b_dec = weights
-    values, selection = kernel.encode(x, W_enc, b_enc, b_dec, select)
+    pre, selection = kernel.encode(x, W_enc, b_enc, b_dec, select)
+    values = pre.relu()
     return kernel.decode(values, W_dec, selection), values
 
 

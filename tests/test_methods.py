@@ -13,7 +13,7 @@ from planted import D_IN, SITE, planted
 from torch import Tensor
 
 from saehook import activation_fns
-from saehook.activation_fns import jumprelu_ste, step_count
+from saehook.activation_fns import jumprelu_ste
 from saehook.batches import InputFacts
 from saehook.config import (
     BatchTopK,
@@ -135,7 +135,8 @@ def test_straight_through_estimators_equal_their_formula(threshold, bandwidth):
     pre = torch.randn(40, 7, dtype=torch.float64)
     pre.requires_grad_()
     theta = torch.full((7,), threshold, dtype=torch.float64, requires_grad=True)
-    acts, l0 = jumprelu_ste(pre, theta, bandwidth), step_count(pre, theta, bandwidth)
+    acts, step = jumprelu_ste(pre, theta, bandwidth)
+    l0 = step.sum(-1)
     g, h = torch.randn(40, 7, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
     d_pre, d_theta = torch.autograd.grad((acts * g).sum() + (l0 * h).sum(), (pre, theta))
     pre, acts, l0 = pre.detach(), acts.detach(), l0.detach()

@@ -7,8 +7,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-SAMPLED_TOKENS = 64
-"""Tokens from which `batch_topk` estimates its bound."""
+from saehook.kernels import block_maxima
+from saehook.kernels.device import queued
+
+LATENTS_AT_ONCE = 512
+"""Latents that `above` compares together: few enough to stay in a CPU's cache."""
 
 
 class Selection:
@@ -23,6 +26,11 @@ class Selection:
         self.n_tokens = n_tokens
         self.d_sae = d_sae
         self._per_token = per_token
+
+    @classmethod
+    def from_pairs(cls, tokens: Tensor, latents: Tensor, n_tokens: int, d_sae: int) -> Selection:
+        """The pairs (tokens[i], latents[i]), in any order."""
+        return cls((tokens * d_sae + latents).sort().values, n_tokens, d_sae)
 
     @cached_property
     def latents(self) -> Tensor:
@@ -60,11 +68,14 @@ class Selection:
         Token t becomes the G tokens t·G ... t·G + G - 1, so that decoding gives each group's part of each token.
         """
         group = torch.searchsorted(ends, self.latents, right=True)
-        tokens = self.tokens * len(ends) + group
-        return Selection(tokens * self.d_sae + self.latents, self.n_tokens * len(ends), self.d_sae)
+        return Selection.from_pairs(
+            self.tokens * len(ends) + group, self.latents, self.n_tokens * len(ends), self.d_sae
+        )
 
     def values(self, dense: Tensor) -> Tensor:
         """The entries of `dense` [n_tokens, d_sae] at the pairs, [m]."""
+        if _is_by_latent(dense):
+            return dense.T.reshape(-1).index_select(0, self.latents * self.n_tokens + self.tokens)
         return dense.reshape(-1).index_select(0, self.positions)
 
 
@@ -72,39 +83,50 @@ def _offsets(ascending: Tensor, n: int) -> Tensor:
     return torch.searchsorted(ascending, torch.arange(n + 1, device=ascending.device))
 
 
+def _is_by_latent(pre_acts: Tensor) -> bool:
+    """Whether the memory of [n_tokens, d_sae] is latent-major."""
+    return pre_acts.T.is_contiguous() and not pre_acts.is_contiguous()
+
+
 def topk(pre_acts: Tensor, k: int, *, descending: bool = False) -> Selection:
     """The k largest of each token, on request the largest first; `activation_fns.topk` is the definition."""
     n_tokens, d_sae = pre_acts.shape
-    latents = pre_acts.topk(k, dim=-1, sorted=descending).indices
+    if _is_by_latent(pre_acts) and block_maxima.applies(d_sae, k):
+        latents = block_maxima.largest_of_each_token(pre_acts.T, k, descending=descending)
+    else:
+        latents = pre_acts.topk(k, dim=-1, sorted=descending).indices
     first = torch.arange(0, n_tokens * d_sae, d_sae, device=pre_acts.device)
     return Selection((latents + first[:, None]).view(-1), n_tokens, d_sae, per_token=k)
 
 
 def batch_topk(pre_acts: Tensor, k: int) -> Selection:
-    """The tokens × k largest positive entries of the whole batch; `activation_fns.batch_topk` is the definition.
-
-    On a CPU only entries above a bound are sorted out; the bound comes from a few tokens, and where it proves too high
-    all positive entries are taken. Elsewhere one flat top-k is used, which needs no synchronisation.
-    """
+    """The tokens × k largest entries of the whole batch; `activation_fns.batch_topk` is the definition."""
     n_tokens, d_sae = pre_acts.shape
-    flat = pre_acts.reshape(-1)
-    n = min(flat.numel(), k * n_tokens)
-    if flat.device.type == "cpu":
-        positions = _above_bound(pre_acts, k, n)
-        if positions.numel() > n:
-            positions = positions[flat[positions].topk(n, sorted=False).indices].sort().values
-    else:
-        positions = flat.topk(n, sorted=False).indices.sort().values
-    return Selection(positions, n_tokens, d_sae)
+    n = min(pre_acts.numel(), k * n_tokens)
+    if _is_by_latent(pre_acts):
+        by_latent = pre_acts.T
+        if block_maxima.applies(d_sae, k):
+            positions = block_maxima.largest_of_all(by_latent, n)
+        else:
+            positions = by_latent.reshape(-1).topk(n, sorted=False).indices
+        return Selection.from_pairs(positions % n_tokens, positions // n_tokens, n_tokens, d_sae)
+    return Selection(pre_acts.reshape(-1).topk(n, sorted=False).indices.sort().values, n_tokens, d_sae)
 
 
-def _above_bound(pre_acts: Tensor, k: int, n: int) -> Tensor:
-    """Positions of all entries above some bound >= 0, ascending: at least n of them unless fewer are positive."""
-    flat = pre_acts.reshape(-1)
-    sample = pre_acts[:: max(1, pre_acts.shape[0] // SAMPLED_TOKENS)]
-    n_sample = min(sample.numel(), sample.shape[0] * k * 5 // 4 + 1)
-    bound = sample.reshape(-1).topk(n_sample, sorted=False).values.min()
-    positions = (flat > bound.clamp(min=0)).nonzero().view(-1)
-    if positions.numel() < n and bound > 0:
-        positions = (flat > 0).nonzero().view(-1)
-    return positions
+def above(by_latent: Tensor, lower: Tensor, most: int) -> Selection | None:
+    """The pairs of latent-major `by_latent` [d_sae, n_tokens] above `lower` [d_sae]; None if more than `most`.
+
+    Only for devices that are not queued, since the number is read.
+    """
+    assert not queued(by_latent.device)
+    d_sae, n_tokens = by_latent.shape
+    found, left = [], most
+    for first in range(0, d_sae, LATENTS_AT_ONCE):
+        rows = slice(first, first + LATENTS_AT_ONCE)
+        positions = (by_latent[rows] > lower[rows, None]).view(-1).nonzero().view(-1)
+        left -= positions.numel()
+        if left < 0:
+            return None
+        found.append(positions + first * n_tokens)
+    positions = torch.cat(found)
+    return Selection.from_pairs(positions % n_tokens, positions // n_tokens, n_tokens, d_sae)

@@ -43,7 +43,7 @@ def main() -> None:
     a = parser.parse_args()
     x = torch.randn(a.batch, a.d_in, generator=torch.Generator().manual_seed(0))
     facts = InputFacts.measure(x, SITE)
-    scratch = torch.empty(a.batch * a.d_sae)
+    scratch = Scratch()
     runs = {}
     for name, method in METHODS.items():
         target = None if hasattr(method, "k") else 32.0
