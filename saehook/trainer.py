@@ -101,8 +101,8 @@ class Run:
         self._track_firing(
             terms, len(x)
         )  # first, as in the released code of Gao et al.: it decides which latents are dead
-        aux = self._auxiliary_loss(x, x - terms.x_hat)
-        (terms.loss + self.config.resolved_auxk_coefficient * aux).backward()
+        terms.loss.backward()
+        aux = self._auxiliary_loss(x, x - terms.x_hat.detach())
         taken = self.optimizer.step(allowed)
         self.tokens_since_fired = torch.where(taken, self.tokens_since_fired, before[0])
         self.threshold = torch.where(taken, self.threshold, before[1])
@@ -113,10 +113,12 @@ class Run:
         self._add_metrics(x, terms, aux, taken)
 
     def _auxiliary_loss(self, x: Tensor, residual: Tensor) -> Tensor:
-        if self.config.resolved_auxk_coefficient == 0:
+        """AuxK, whose gradient is added to that of the loss."""
+        sae, coefficient = self.sae, self.config.resolved_auxk_coefficient
+        if coefficient == 0:
             return x.new_zeros(())
-        sae = self.sae
-        return losses.auxk(x, residual, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, self.dead, self.k_aux)
+        weights = sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec
+        return losses.add_auxk_gradient(x, residual, *weights, self.dead, self.k_aux, coefficient)
 
     @torch.no_grad()
     def _track_firing(self, terms: Terms, tokens: int) -> None:

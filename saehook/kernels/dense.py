@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saehook.kernels.device import queued
-from saehook.kernels.product import in_bfloat16
+from saehook.kernels.product import add_mm, mm
 from saehook.kernels.reference import Autoencoded, Rule
 from saehook.kernels.scratch import Scratch, take
 
@@ -60,12 +60,12 @@ class _Dense(torch.autograd.Function):
         total_frozen = None
         for rows in _blocks(by_latent):
             acts, cost, frozen = rule(by_latent[rows].to(centred.dtype), *(p[rows, None] for p in per_latent))
-            _add_product(decoded, acts.T, W_dec[rows])
+            add_mm(decoded, acts.T, W_dec[rows])
             total_cost += cost.sum()
             fired[rows] = (acts > 0).sum(1, dtype=torch.float32)
             if frozen is not None:
                 total_frozen = torch.zeros_like(centred) if total_frozen is None else total_frozen
-                _add_product(total_frozen, frozen.T, W_dec[rows])
+                add_mm(total_frozen, frozen.T, W_dec[rows])
         ctx.mark_non_differentiable(fired)
         ctx.set_materialize_grads(False)
         return decoded, total_cost, fired, total_frozen
@@ -85,12 +85,12 @@ class _Dense(torch.autograd.Function):
                 numbers = [p[rows].detach().requires_grad_() for p in per_latent]
                 acts, cost, frozen = ctx.rule(pre, *(p[:, None] for p in numbers))
                 outputs = [acts, cost.sum()] + ([] if frozen is None else [frozen])
-            d_outputs = [_product(W_dec[rows], d_decoded.T), d_cost]
+            d_outputs = [mm(W_dec[rows], d_decoded.T), d_cost]
             if frozen is not None:
-                d_outputs.append(_product(W_dec[rows], d_frozen.T))
+                d_outputs.append(mm(W_dec[rows], d_frozen.T))
             d_pre, *d_numbers = torch.autograd.grad(outputs, [pre, *numbers], d_outputs)
-            _product(acts.detach(), d_decoded, out=d_W_dec[rows])
-            _product(d_pre, centred, out=d_W_enc[rows])
+            mm(acts.detach(), d_decoded, out=d_W_dec[rows])
+            mm(d_pre, centred, out=d_W_enc[rows])
             torch.sum(d_pre, 1, out=d_b_enc[rows])
             for whole, part in zip(d_per_latent, d_numbers, strict=True):
                 whole[rows] = part
@@ -102,20 +102,3 @@ def _blocks(by_latent: Tensor) -> Iterator[slice]:
     d_sae, n_tokens = by_latent.shape
     size = max(1, (ENTRIES_AT_ONCE_QUEUED if queued(by_latent.device) else ENTRIES_AT_ONCE) // n_tokens)
     return (slice(first, first + size) for first in range(0, d_sae, size))
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in the dtype of `b`, computed in bfloat16 on a GPU; where it is given into `out`."""
-    if not a.is_cuda:
-        return torch.mm(a, b, out=out)
-    with in_bfloat16(a.device):
-        product = a @ b
-    return product.to(b.dtype) if out is None else out.copy_(product)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, likewise."""
-    if a.is_cuda:
-        total += _product(a, b)
-    else:
-        total.addmm_(a, b)

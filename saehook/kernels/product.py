@@ -1,4 +1,4 @@
-"""The one dense product that every step needs: the pre-activations."""
+"""Dense products: the pre-activations, which every step needs, and those of the versions that go without lists of pairs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,31 @@ def in_bfloat16(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
+def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b in the dtype of `b`, where it is given into `out`. Without gradients, as all below but `pre_acts`."""
+    if a.device.type != "cuda":
+        return torch.mm(a, b, out=out)
+    with in_bfloat16(a.device):
+        product = a @ b
+    return product.to(b.dtype) if out is None else out.copy_(product)
+
+
+def add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b."""
+    if a.device.type != "cuda":
+        total.addmm_(a, b)
+    else:
+        total += mm(a, b)
+
+
 def pre_acts(centred: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     """`centred` W_enc + b_enc, [n_tokens, d_sae]; on a GPU in bfloat16."""
     with in_bfloat16(centred.device):
         return torch.addmm(b_enc, centred, W_enc)
 
 
-@torch.no_grad()
 def pre_acts_by_latent(centred: Tensor, W_enc: Tensor, b_enc: Tensor, scratch: Scratch | None) -> Tensor:
-    """The same, latent-major and without a gradient, [d_sae, n_tokens].
+    """The same, latent-major: [d_sae, n_tokens].
 
     In this order a CPU is faster (0.73 of the time of `pre_acts`, half of that from the order and half from `scratch`),
     and what is done latent by latent runs over contiguous memory.
