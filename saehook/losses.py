@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saehook.kernels.product import mm, pre_acts
+from saehook.kernels.product import mm, pre_acts_by_latent
 
 
 def total_variance(x: Tensor) -> Tensor:
@@ -53,19 +53,19 @@ def add_auxk_gradient(
         return residual.new_zeros(())
     centred = x - b_dec
     encoder, bias, decoder = (p.index_select(0, dead) for p in (W_enc.T, b_enc, W_dec))
-    # k_aux is so large a share of the dead that products cost less than sums over pairs.
-    pre = pre_acts(centred, encoder.T, bias)
+    # k_aux is so large a share of the dead that products cost less than sums over pairs; latent-major ones the least.
+    pre = pre_acts_by_latent(centred, encoder.T, bias).T.contiguous()
     values, latents = pre.topk(min(k_aux, dead.numel()), dim=-1, sorted=False)
-    acts = centred.new_zeros(pre.shape).scatter_(1, latents, values.to(x.dtype).relu_())
-    error = mm(acts, decoder).sub_(residual)
+    acts = centred.new_zeros(len(dead), len(x)).scatter_(0, latents.T, values.T.to(x.dtype).relu_())
+    error = mm(acts.T, decoder).sub_(residual)
     variance = total_variance(residual)
     share = torch.where(variance > 0, 1 / variance, 0)
     loss = (error.square().sum(-1).mean() * share).nan_to_num(0.0)
     d_decoded = error.mul_(2 * coefficient / len(x) * share)
-    d_pre = mm(d_decoded, decoder.T).mul_(acts > 0)
-    d_bias = d_pre.sum(0)
-    _grad(W_dec).index_add_(0, dead, mm(acts.T, d_decoded))
-    _grad(W_enc).T.index_add_(0, dead, mm(d_pre.T, centred))
+    d_pre = mm(decoder, d_decoded.T).mul_(acts > 0)
+    d_bias = d_pre.sum(1)
+    _grad(W_dec).index_add_(0, dead, mm(acts, d_decoded))
+    _grad(W_enc).T.index_add_(0, dead, mm(d_pre, centred))
     _grad(b_enc).index_add_(0, dead, d_bias)
     _grad(b_dec).sub_(d_bias @ encoder)  # by way of x - b_dec
     return loss
