@@ -1,7 +1,7 @@
 """The activation functions, on pre-activations of shape [..., d_sae].
 
 `activate` is the inference rule: a token's latents never depend on the other tokens of the batch. Training only are the
-batch rule of BatchTopK (`batch_topk`) and the straight-through estimators of JumpReLU (`jumprelu_ste`, `step_count`).
+batch rule of BatchTopK (`batch_topk`) and the straight-through estimators of JumpReLU (`jumprelu_ste`).
 """
 
 from __future__ import annotations
@@ -38,55 +38,32 @@ def jumprelu(pre_acts: Tensor, threshold: Tensor) -> Tensor:
 
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(pre_acts, threshold)
         ctx.bandwidth = bandwidth
-        return jumprelu(pre_acts, threshold)
+        acts = jumprelu(pre_acts, threshold)
+        return acts, (acts > 0).to(acts.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, d_acts: Tensor, d_step: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         pre_acts, threshold = ctx.saved_tensors
-        d_pre = grad * ((pre_acts > threshold) & (pre_acts > 0))
-        in_window = _in_window(pre_acts, threshold, ctx.bandwidth)
-        d_threshold = -(threshold / ctx.bandwidth) * (grad * in_window).sum(0)
-        return d_pre, d_threshold, None
+        d_pre = d_acts * ((pre_acts > threshold) & (pre_acts > 0))
+        in_window = (pre_acts - threshold).abs_() < ctx.bandwidth / 2
+        d_threshold = (d_acts * threshold).add_(d_step).mul_(in_window).sum_to_size(threshold.shape)
+        return d_pre, d_threshold / -ctx.bandwidth, None
 
 
-class _StepCount(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre_acts, threshold)
-        ctx.bandwidth = bandwidth
-        return (jumprelu(pre_acts, threshold) > 0).sum(-1).to(threshold.dtype)
+def jumprelu_ste(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """`jumprelu` and the step 1[pre > threshold], from PRE-activations, with gradients.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        pre_acts, threshold = ctx.saved_tensors
-        in_window = _in_window(pre_acts, threshold, ctx.bandwidth)
-        return None, -(grad @ in_window.to(grad.dtype)) / ctx.bandwidth, None
-
-
-def _in_window(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """K((pre - threshold) / bandwidth) of the rectangle kernel: 1 where the quotient is within 1/2."""
-    return (pre_acts - threshold).abs() < bandwidth / 2
-
-
-def jumprelu_ste(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """`jumprelu` of [n, d_sae] with gradients: ∂/∂pre = 1[fires], and for the threshold the straight-through estimator
-    -(threshold / bandwidth) K((pre - threshold) / bandwidth), K the rectangle (Rajamanoharan et al. 2024, equation 11).
-    """
-    return _JumpReLU.apply(pre_acts, threshold, bandwidth)
-
-
-def step_count(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """L0 of each token, [n], from PRE-activations [n, d_sae]: Σ H(pre - threshold). Only the threshold gets a gradient,
-    the straight-through -(1 / bandwidth) K((pre - threshold) / bandwidth) (Rajamanoharan et al. 2024, equation 12).
+    With K the rectangle, 1 where |pre - threshold| < bandwidth / 2: the activation has ∂/∂pre = 1[fires] and the
+    straight-through ∂/∂threshold = -(threshold / bandwidth) K (Rajamanoharan et al. 2024, equation 11); the step has only
+    ∂/∂threshold = -(1 / bandwidth) K (equation 12). `threshold` broadcasts with `pre_acts`.
 
     From post-activations, which are 0 below the threshold, half of the window would be lost.
     """
-    return _StepCount.apply(pre_acts, threshold, bandwidth)
+    return _JumpReLU.apply(pre_acts, threshold, bandwidth)
 
 
 def activate(pre_acts: Tensor, activation: Activation, threshold: Tensor | None) -> Tensor:

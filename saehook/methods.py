@@ -8,14 +8,16 @@ al. do; relu, jumprelu and gated take it as it is, so that the weight of their p
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from saehook import kernels, losses
-from saehook.activation_fns import jumprelu_ste, step_count
+from saehook.activation_fns import jumprelu_ste
 from saehook.batches import InputFacts
 from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, MultiTopK, ReLU, SAEConfig, TopK, TrainConfig
 from saehook.errors import ArgumentError, ShapeError
@@ -54,7 +56,7 @@ class Method:
         self._no_center = torch.zeros(sae.d_in, device=sae.device, dtype=sae.dtype)
         self.parameters: dict[str, nn.Parameter] = dict(sae.named_parameters())
 
-    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
         """Loss of scaled tokens [n, d_in] with the target `y` [n, d_out] at step `step`; `scratch` as in `kernels.encode`."""
         raise NotImplementedError
 
@@ -109,13 +111,18 @@ class Method:
     def finish(self) -> None:
         """Make `self.sae` an SAE of its inference rule, still in scaled units."""
 
-    def _dense(self, x: Tensor) -> Tensor:
-        """Pre-activations, [n, d_sae], with gradients."""
-        return kernels.reference.pre_acts(x - self.center, self.sae.W_enc, self.sae.b_enc)
-
-    def _decode(self, acts: Tensor, x: Tensor) -> Tensor:
-        with torch.autocast(acts.device.type, dtype=torch.bfloat16, enabled=acts.is_cuda):
-            return (acts @ self.sae.W_dec).to(self.sae.b_dec.dtype) + self.offset(x)
+    def _autoencode(
+        self,
+        x: Tensor,
+        rule: kernels.Rule,
+        per_latent: Sequence[Tensor],
+        lower: Tensor,
+        scratch: kernels.Scratch | None,
+    ) -> kernels.Autoencoded:
+        sae = self.sae
+        return kernels.autoencode(
+            x, sae.W_enc, sae.b_enc, self.center, sae.W_dec, rule, per_latent, lower, scratch=scratch
+        )
 
     def offset(self, x: Tensor) -> Tensor:
         """What is added to the decoded activations of `x`: b_dec, [d_out], and the skip map, then [n, d_out]."""
@@ -126,12 +133,10 @@ class Method:
 class TopKMethod(Method):
     """TopK (Gao et al. 2024): the k largest of each token."""
 
-    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
         sae, k = self.sae, self.k_at(step)
-        values, selection = kernels.encode(
-            x, sae.W_enc, sae.b_enc, self.center, lambda pre: kernels.topk(pre, k), k=k, scratch=scratch
-        )
-        x_hat = kernels.decode(values, sae.W_dec, selection, k=k) + self.offset(x)
+        values, selection = self._encode(x, lambda pre: kernels.topk(pre, k), k, scratch)
+        x_hat = kernels.decode(values, sae.W_dec, selection, k=k, scratch=scratch) + self.offset(x)
         return Terms(losses.reconstruction(y, x_hat, self.variance), x_hat, self._fired(values, selection))
 
     def k_at(self, step: int) -> int:
@@ -143,6 +148,14 @@ class TopKMethod(Method):
         start = max(k, min(self.sae.d_in, self.sae.d_sae))
         return round(start + (k - start) * step / anneal)
 
+    def _encode(
+        self, x: Tensor, select: kernels.Select, k: int, scratch: kernels.Scratch | None
+    ) -> tuple[Tensor, kernels.Selection]:
+        """Activations of the selected pairs, [m], and the pairs."""
+        sae = self.sae
+        pre, selection = kernels.encode(x, sae.W_enc, sae.b_enc, self.center, select, k=k, scratch=scratch)
+        return pre.relu(), selection
+
     def _fired(self, values: Tensor, selection: kernels.Selection) -> Tensor:
         fired = torch.zeros(self.sae.d_sae, device=values.device)
         return fired.index_add_(0, selection.latents, (values.detach() > 0).float())
@@ -151,24 +164,16 @@ class TopKMethod(Method):
 class MultiTopKMethod(TopKMethod):
     """TopK with a second loss at a multiple of k, from the same pre-activations (Gao et al. 2024, section 5.3)."""
 
-    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
         method, sae, k = self.config.activation, self.sae, self.k_at(step)
         assert isinstance(method, MultiTopK)
         more = min(method.multiple * k, sae.d_sae)
-        values, selection = kernels.encode(
-            x,
-            sae.W_enc,
-            sae.b_enc,
-            self.center,
-            lambda pre: kernels.topk(pre, more, descending=True),
-            k=more,
-            scratch=scratch,
-        )
+        values, selection = self._encode(x, lambda pre: kernels.topk(pre, more, descending=True), more, scratch)
         first = selection.first_of_each_token(k)
         first_values = values.view(-1, more)[:, :k].reshape(-1)
         offset = self.offset(x)
         x_hat = kernels.decode(first_values, sae.W_dec, first, k=k) + offset
-        wide = kernels.decode(values, sae.W_dec, selection, k=more) + offset
+        wide = kernels.decode(values, sae.W_dec, selection, k=more, scratch=scratch) + offset
         loss = losses.reconstruction(y, x_hat, self.variance)
         loss = loss + method.weight * losses.reconstruction(y, wide, self.variance)
         return Terms(loss, x_hat, self._fired(first_values, first))
@@ -177,18 +182,12 @@ class MultiTopKMethod(TopKMethod):
 class BatchTopKMethod(TopKMethod):
     """BatchTopK (Bussmann et al. 2024): the tokens × k largest of the batch, by one exact cut."""
 
-    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
         sae, k = self.sae, self.k_at(step)
-        values, selection = self._encode(x, k, scratch)
-        x_hat = kernels.decode(values, sae.W_dec, selection, k=k) + self.offset(x)
+        values, selection = self._encode(x, lambda pre: kernels.batch_topk(pre, k), k, scratch)
+        x_hat = kernels.decode(values, sae.W_dec, selection, k=k, scratch=scratch) + self.offset(x)
         loss = losses.reconstruction(y, x_hat, self.variance)
         return Terms(loss, x_hat, self._fired(values, selection), _smallest(values))
-
-    def _encode(self, x: Tensor, k: int, scratch: Tensor | None) -> kernels.Encoded:
-        sae = self.sae
-        return kernels.encode(
-            x, sae.W_enc, sae.b_enc, self.center, lambda pre: kernels.batch_topk(pre, k), k=k, scratch=scratch
-        )
 
 
 class MatryoshkaMethod(BatchTopKMethod):
@@ -202,10 +201,10 @@ class MatryoshkaMethod(BatchTopKMethod):
         """Where each group of latents ends."""
         self.ends[-1] = sae.d_sae
 
-    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
         sae, k = self.sae, self.k_at(step)
-        values, selection = self._encode(x, k, scratch)
-        parts = kernels.decode(values, sae.W_dec, selection.by_group(self.ends), k=k)
+        values, selection = self._encode(x, lambda pre: kernels.batch_topk(pre, k), k, scratch)
+        parts = kernels.decode(values, sae.W_dec, selection.by_group(self.ends), k=k, scratch=scratch)
         offset = self.offset(x).expand_as(y)
         prefixes = parts.view(len(x), len(self.ends), -1).cumsum(1) + offset[:, None]
         loss = (prefixes - y[:, None]).square().sum(-1).mean() / self.variance
@@ -226,21 +225,19 @@ class ReLUMethod(Method):
         """Log of the penalty's weight."""
         self._l0 = torch.zeros((), device=sae.device)
 
-    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
-        acts = self._dense(x).relu()
-        x_hat = self._decode(acts, x)
-        strength = acts
-        if self.config.decoder_norm_penalty:
-            strength = acts * torch.linalg.vector_norm(self.sae.W_dec, dim=-1)
-        loss = losses.squared_error(y, x_hat) + self._weight(step) * strength.sum(-1).mean()
-        return Terms(loss, x_hat, self._count(acts))
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
+        sae = self.sae
+        per_latent = [torch.linalg.vector_norm(sae.W_dec, dim=-1)] if self.config.decoder_norm_penalty else []
+        found = self._autoencode(x, _relu, per_latent, torch.zeros_like(sae.b_enc), scratch)
+        x_hat = found.decoded + self.offset(x)
+        loss = losses.squared_error(y, x_hat) + self._weight(step) * found.cost / len(x)
+        return Terms(loss, x_hat, self._count(found.fired, len(x)))
 
     def _weight(self, step: int) -> Tensor:
         return self.coefficient.exp().float() * warm(step, self.config.resolved_sparsity_warmup_steps)
 
-    def _count(self, acts: Tensor) -> Tensor:
-        fired = (acts.detach() > 0).sum(0, dtype=torch.float32)
-        self._l0 = fired.sum() / len(acts)
+    def _count(self, fired: Tensor, n_tokens: int) -> Tensor:
+        self._l0 = fired.sum() / n_tokens
         return fired
 
     def after_step(self, taken: Tensor) -> None:
@@ -270,13 +267,14 @@ class JumpReLUMethod(Method):
         sae.set_threshold(config.initial_threshold)
         self.parameters = dict(sae.named_parameters())
 
-    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
-        config, threshold = self.config, self.sae.threshold
-        assert threshold is not None
-        pre_acts = self._dense(x)
-        acts = jumprelu_ste(pre_acts, threshold, config.bandwidth)
-        x_hat = self._decode(acts, x)
-        l0 = step_count(pre_acts, threshold, config.bandwidth).mean()
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
+        config, sae = self.config, self.sae
+        assert sae.threshold is not None
+        rule = functools.partial(_jumprelu, bandwidth=config.bandwidth)
+        window_starts = sae.threshold - config.bandwidth / 2
+        found = self._autoencode(x, rule, [sae.threshold], window_starts, scratch)
+        x_hat = found.decoded + self.offset(x)
+        l0 = found.cost / len(x)
         if config.target_l0 is None:
             assert config.sparsity_coefficient is not None
             penalty = config.sparsity_coefficient * l0
@@ -284,7 +282,7 @@ class JumpReLUMethod(Method):
             weight = 1.0 if config.sparsity_coefficient is None else config.sparsity_coefficient
             penalty = weight * (l0 / config.target_l0 - 1).square()
         loss = losses.squared_error(y, x_hat) + warm(step, config.resolved_sparsity_warmup_steps) * penalty
-        return Terms(loss, x_hat, (acts.detach() > 0).sum(0, dtype=torch.float32))
+        return Terms(loss, x_hat, found.fired)
 
     def _take_threshold(self, threshold: Tensor | None) -> None:
         assert self.sae.threshold is not None
@@ -311,17 +309,16 @@ class GatedMethod(ReLUMethod):
         self.r_mag, self.b_mag = nn.Parameter(zeros), nn.Parameter(zeros.clone())
         self.parameters = {**dict(sae.named_parameters()), "r_mag": self.r_mag, "b_mag": self.b_mag}
 
-    def terms(self, x: Tensor, y: Tensor, step: int, scratch: Tensor | None = None) -> Terms:
+    def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
         sae = self.sae
-        pre_gate = self._dense(x)
-        pre_mag = (pre_gate - sae.b_enc) * self.r_mag.exp() + self.b_mag
-        acts = (pre_gate > 0) * pre_mag.relu()
-        x_hat = self._decode(acts, x)
-        gate = pre_gate.relu()
-        frozen = gate @ sae.W_dec.detach().to(gate.dtype) + self.offset(x).detach()
-        loss = losses.squared_error(y, x_hat) + losses.squared_error(y, frozen)
-        loss = loss + self._weight(step) * gate.sum(-1).mean()
-        return Terms(loss, x_hat, self._count(acts))
+        per_latent = [sae.b_enc, self.r_mag.exp(), self.b_mag]
+        found = self._autoencode(x, _gated, per_latent, torch.zeros_like(sae.b_enc), scratch)
+        assert found.frozen is not None
+        offset = self.offset(x)
+        x_hat, gate_only = found.decoded + offset, found.frozen + offset.detach()
+        loss = losses.squared_error(y, x_hat) + losses.squared_error(y, gate_only)
+        loss = loss + self._weight(step) * found.cost / len(x)
+        return Terms(loss, x_hat, self._count(found.fired, len(x)))
 
     def _take_threshold(self, threshold: Tensor | None) -> None:
         self.b_mag.copy_(self.sae.b_enc)
@@ -335,6 +332,21 @@ class GatedMethod(ReLUMethod):
         sae.W_enc.data *= gain
         sae.b_enc.data.copy_(self.b_mag)
         sae.set_threshold(threshold)
+
+
+def _relu(pre: Tensor, norm: Tensor | None = None) -> kernels.Activated:
+    acts = pre.relu()
+    return kernels.Activated(acts, acts if norm is None else acts * norm)
+
+
+def _jumprelu(pre: Tensor, threshold: Tensor, *, bandwidth: float) -> kernels.Activated:
+    return kernels.Activated(*jumprelu_ste(pre, threshold, bandwidth))
+
+
+def _gated(pre_gate: Tensor, b_gate: Tensor, gain: Tensor, b_mag: Tensor) -> kernels.Activated:
+    gate = pre_gate.relu()
+    acts = (pre_gate > 0) * ((pre_gate - b_gate) * gain + b_mag).relu()
+    return kernels.Activated(acts, gate, gate)
 
 
 METHODS: dict[type, type[Method]] = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saehook import losses
+from saehook import kernels, losses
 from saehook.batches import Batch, InputFacts, Stream
 from saehook.calibration import Calibration, Calibrator
 from saehook.checkpoint import load_sae
@@ -114,8 +114,8 @@ class Run:
         """Whether all steps are taken."""
         return self.steps >= self.config.steps
 
-    def step(self, batch: Batch, scratch: Tensor | None = None) -> None:
-        """One optimiser step on raw activations [batch_tokens, width] by site; for `scratch` see `kernels.encode`."""
+    def step(self, batch: Batch, scratch: kernels.Scratch | None = None) -> None:
+        """One optimiser step on raw activations [batch_tokens, width] by site; `scratch` is memory that steps share."""
         x = batch[self.config.site] * self.facts.scale
         y = x if self.config.site_out is None else batch[self.config.site_out] * self.target.scale
         terms = self.method.terms(x, y, self.steps, scratch)
@@ -125,8 +125,8 @@ class Run:
         self._track_firing(
             terms, len(x)
         )  # first, as in the released code of Gao et al.: it decides which latents are dead
-        aux = self._auxiliary_loss(x, y - terms.x_hat)
-        (terms.loss + self.config.resolved_auxk_coefficient * aux).backward()
+        terms.loss.backward()
+        aux = self._auxiliary_loss(x, y - terms.x_hat.detach())
         taken = self.optimizer.step(allowed)
         self.tokens_since_fired = torch.where(taken, self.tokens_since_fired, before[0])
         self.threshold = torch.where(taken, self.threshold, before[1])
@@ -137,16 +137,18 @@ class Run:
         self._add_metrics(y, terms, aux, taken)
 
     def _auxiliary_loss(self, x: Tensor, residual: Tensor) -> Tensor:
-        if self.config.resolved_auxk_coefficient == 0:
+        """AuxK, whose gradient is added to that of the loss."""
+        sae, coefficient = self.sae, self.config.resolved_auxk_coefficient
+        if coefficient == 0:
             return x.new_zeros(())
-        sae = self.sae
-        return losses.auxk(x, residual, sae.W_enc, sae.b_enc, sae.W_dec, self.method.center, self.dead, self.k_aux)
+        weights = sae.W_enc, sae.b_enc, sae.W_dec, self.method.center
+        return losses.add_auxk_gradient(x, residual, *weights, self.dead, self.k_aux, coefficient)
 
     @torch.no_grad()
     def _track_firing(self, terms: Terms, tokens: int) -> None:
         """Count tokens since each latent fired; follow the threshold of a BatchTopK."""
         self.tokens_since_fired = torch.where(terms.fired > 0, 0, self.tokens_since_fired + tokens)
-        if not self.dead.is_cuda or self.steps % DEVICE_REFRESH_STEPS == 0:
+        if not kernels.queued(self.dead.device) or self.steps % DEVICE_REFRESH_STEPS == 0:
             self.dead = self.is_dead.nonzero().view(-1)
         if (smallest := terms.smallest) is not None:
             beta = min(self.config.threshold_beta, self.steps / (self.steps + 10))
@@ -462,8 +464,7 @@ class Trainer:
     def _train(self, stream: Stream, bar: tqdm) -> None:
         """All steps, or as many as there are tokens for."""
         saved = time.monotonic()
-        on_cpu = torch.device(self.device).type == "cpu"
-        scratch = torch.empty(self.batch_tokens * max(c.d_sae for c in self.configs)) if on_cpu else None
+        scratch = kernels.Scratch()
         while not all(run.done for run in self.runs):
             if self._stop.is_set():
                 raise TrainingInterrupted(self._said_where(stream, bar))

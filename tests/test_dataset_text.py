@@ -1,8 +1,6 @@
 """Text of datasets: real `datasets`, on folders made here."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -11,11 +9,8 @@ import pytest
 from builders import byte_tokenizer
 from pyarrow import parquet
 
-from saehook.corpus import Document, text_hash
 from saehook.dataset_text import DatasetText, documents_of
-from saehook.errors import ArgumentError, FileError
 from saehook.harvest import TextStream
-from saehook.tokenization import windows
 
 ROWS = 60
 SHARDS = 3

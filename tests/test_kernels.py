@@ -36,7 +36,8 @@ def gradients(kernel, tensors: list[Tensor], select) -> tuple[Tensor, list[Tenso
 def autoencode(kernel, x: Tensor, weights: list[Tensor], select) -> tuple[Tensor, Tensor]:
     """Decoded batch and the selected activations."""
     W_enc, b_enc, W_dec, b_dec = weights
-    values, selection = kernel.encode(x, W_enc, b_enc, b_dec, select)
+    pre, selection = kernel.encode(x, W_enc, b_enc, b_dec, select)
+    values = pre.relu()
     return kernel.decode(values, W_dec, selection), values
 
 
@@ -71,7 +72,8 @@ def test_rows_without_pairs_and_latents_without_pairs():
     tensors = problem(5, 4, 8)
 
     def select(pre_acts: Tensor) -> kernels.Selection:
-        return selection.Selection(torch.tensor([8 + 1, 8 + 6, 24 + 6]), 5, 8)  # tokens 0, 2, 4 keep nothing
+        # Tokens 0, 2 and 4 keep nothing.
+        return selection.Selection(torch.tensor([1, 1, 3]), torch.tensor([1, 6, 6]), 5, 8, order="token")
 
     dense_out, dense_grads = gradients(reference, tensors, select)
     sparse_out, sparse_grads = gradients(sparse, tensors, select)
@@ -98,47 +100,87 @@ def test_ties_and_zeros(rule, kernel):
     assert not any(w.grad is not None and w.grad.any() for w in weights)
 
 
-@pytest.mark.parametrize("shape", [(300, 40), (64, 50), (3, 7), (1, 5), (1000, 16)])
+LAYOUTS = {"token-major": lambda pre: pre, "latent-major": lambda pre: pre.T.contiguous().T}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(300, 40), (64, 50), (3, 7), (1, 5), (300, 256), (3, 640), (1, 128)])
 @pytest.mark.parametrize("shift", [0.0, -2.5, -9.0])
-def test_batch_topk_selects_what_the_definition_selects(shape, shift):
-    for seed in range(3):
+def test_selections_are_those_of_the_definition(layout, shape, shift):
+    """Also by descent through the maxima of blocks, which is taken where 64 divides d_sae and k is small."""
+    for seed in range(2):
         pre = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + shift
-        pre = pre * torch.linspace(0.1, 3, shape[0])[:, None]  # tokens differ much: the sampled bound is often wrong
-        for k in (1, 4, shape[1]):
-            chosen = kernels.batch_topk(pre, k)
-            dense = torch.zeros_like(pre).view(-1)
-            dense[chosen.positions] = chosen.values(pre).relu()
-            assert torch.equal(dense.view_as(pre), activation_fns.batch_topk(pre, k))
-            assert torch.equal(chosen.positions, chosen.positions.sort().values)
-            assert chosen.positions.unique().numel() == chosen.positions.numel()
+        pre = LAYOUTS[layout](pre * torch.linspace(0.1, 3, shape[0])[:, None])  # tokens differ much
+        for k in (1, 2, 4, shape[1]):
+            for rule in SELECTS:
+                chosen = SELECTS[rule](pre, k)
+                dense = torch.zeros(pre.numel())
+                dense[chosen.positions] = chosen.values(pre).relu()
+                assert torch.equal(dense.view_as(pre), getattr(activation_fns, rule)(pre, k)), (rule, k)
+                assert chosen.positions.unique().numel() == chosen.positions.numel() == k * shape[0]
 
 
-def test_batch_topk_where_the_sampled_tokens_are_the_loudest():
-    """The bound from every n-th token lies above everything else: the rest must still be found."""
-    pre = torch.rand(640, 32)
-    pre[::10] += 10
-    dense = torch.zeros_like(pre).view(-1)
-    chosen = kernels.batch_topk(pre, 16)
-    dense[chosen.positions] = chosen.values(pre)
-    assert torch.equal(dense.view_as(pre), activation_fns.batch_topk(pre, 16))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_largest_first_and_only_the_first(layout):
+    pre = LAYOUTS[layout](torch.randn(20, 512))
+    wide = kernels.topk(pre, 4, descending=True)
+    values = wide.values(pre).view(20, 4)
+    assert torch.equal(values, pre.topk(4).values)
+    first = wide.first_of_each_token(2)
+    assert torch.equal(first.values(pre).view(20, 2), values[:, :2])
 
 
-def test_topk_selects_what_the_definition_selects():
-    pre = torch.randn(50, 30)
-    chosen = kernels.topk(pre, 6)
-    dense = torch.zeros_like(pre).view(-1)
-    dense[chosen.positions] = chosen.values(pre).relu()
-    assert torch.equal(dense.view_as(pre), activation_fns.topk(pre, 6))
-    assert torch.equal(chosen.token_offsets, torch.arange(0, 301, 6))
+def test_ties_within_and_between_blocks():
+    pre = torch.zeros(128, 5).T  # every block and every part of one is as good as any other
+    for k in (1, 2):
+        assert kernels.topk(pre + 1, k).positions.unique().numel() == 5 * k
+        assert kernels.batch_topk(pre + 1, k).positions.unique().numel() == 5 * k
 
 
-def test_transposed_lists():
-    chosen = kernels.batch_topk(torch.randn(40, 11), 3)
-    order, offsets = chosen.by_latent
-    for latent in range(11):
-        pairs = order[offsets[latent] : offsets[latent + 1]]
-        assert (chosen.latents[pairs] == latent).all()
-    assert int(offsets[-1]) == chosen.positions.numel() == order.unique().numel()
+def test_pairs_above_bounds():
+    pre, lower = torch.randn(1100, 6), torch.randn(1100)  # more latents than one block has
+    expected = (pre > lower[:, None]).T
+    n = int(expected.sum())
+    chosen = selection.above(pre, lower, n)
+    assert chosen is not None
+    found = torch.zeros(6 * 1100, dtype=torch.bool)
+    found[chosen.positions] = True
+    assert torch.equal(found.view(6, 1100), expected)
+    assert torch.equal(chosen.values(pre.T), pre[chosen.latents, chosen.tokens])
+    assert torch.equal(chosen.latents, chosen.latents.sort().values)
+    assert chosen.order == "latent"
+    assert selection.above(pre, lower, n - 1) is None
+
+
+@pytest.mark.parametrize("rule", SELECTS)
+def test_lists_by_token_and_by_latent(rule):
+    chosen = SELECTS[rule](torch.randn(40, 11), 3)
+    for keys, (order, offsets), n in (
+        (chosen.latents, chosen.by_latent, 11),
+        (chosen.tokens, chosen.by_token, 40),
+    ):
+        ordered = keys[order]
+        for key in range(n):
+            assert (ordered[offsets[key] : offsets[key + 1]] == key).all()
+        assert int(offsets[-1]) == keys.numel() == 120
+
+
+def test_gradients_lie_in_the_shared_memory():
+    """And autograd takes them as they are, without a copy."""
+    x, *weights = problem(20, 8, 64)
+    W_enc, b_enc, W_dec, b_dec = weights
+    W_enc = W_enc.detach().T.contiguous().T.requires_grad_()
+    scratch = kernels.Scratch()
+    pre, chosen = kernels.encode(x, W_enc, b_enc, b_dec, lambda pre: kernels.topk(pre, 2), k=2, scratch=scratch)
+    kernels.decode(pre.relu(), W_dec, chosen, k=2, scratch=scratch).sum().backward()
+    kept = scratch.nbytes
+    assert kept == 8 * (20 * 64 + 2 * 64 * 8)
+    for weight, name in ((W_enc, "W_enc"), (W_dec, "W_dec")):
+        assert weight.grad is not None
+        assert weight.grad.data_ptr() == scratch.take(name, (64, 8), x).data_ptr()
+    assert scratch.nbytes == kept
+    assert scratch.take("W_dec", (64, 9), x).shape == (64, 9)
+    assert scratch.take("W_dec", (2, 2), x.float()).dtype == torch.float32
 
 
 def test_gradient_layout_matches_latent_major_weights():

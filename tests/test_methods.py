@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from planted import D_IN, SITE, planted
 from torch import Tensor
 
-from saehook import activation_fns
-from saehook.activation_fns import jumprelu_ste, step_count
+from saehook import activation_fns, kernels
+from saehook.activation_fns import jumprelu_ste
 from saehook.batches import InputFacts
 from saehook.config import (
     BatchTopK,
@@ -115,8 +115,18 @@ def test_first_prefix_of_a_matryoshka_is_its_first_group():
     torch.testing.assert_close(terms.fired, fired.sum(0).float())
 
 
+VERSIONS = ["reference", "dense", "sparse"]
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request, monkeypatch) -> str:
+    """Each version of the kernels in turn."""
+    monkeypatch.setenv("SAEHOOK_KERNELS", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("decoder_norm", [False, True])
-def test_l1_loss(decoder_norm):
+def test_l1_loss(version, decoder_norm):
     method, x = method_of(
         config(ReLU(), sparsity_coefficient=0.3, sparsity_warmup_steps=4, decoder_norm_penalty=decoder_norm)
     )
@@ -135,7 +145,8 @@ def test_straight_through_estimators_equal_their_formula(threshold, bandwidth):
     pre = torch.randn(40, 7, dtype=torch.float64)
     pre.requires_grad_()
     theta = torch.full((7,), threshold, dtype=torch.float64, requires_grad=True)
-    acts, l0 = jumprelu_ste(pre, theta, bandwidth), step_count(pre, theta, bandwidth)
+    acts, step = jumprelu_ste(pre, theta, bandwidth)
+    l0 = step.sum(-1)
     g, h = torch.randn(40, 7, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
     d_pre, d_theta = torch.autograd.grad((acts * g).sum() + (l0 * h).sum(), (pre, theta))
     pre, acts, l0 = pre.detach(), acts.detach(), l0.detach()
@@ -155,7 +166,7 @@ def test_straight_through_estimators_equal_their_formula(threshold, bandwidth):
 
 
 @pytest.mark.parametrize("target", [None, 3.0])
-def test_jumprelu_loss(target):
+def test_jumprelu_loss(version, target):
     method, x = method_of(config(JumpReLU(), sparsity_coefficient=0.2, target_l0=target, sparsity_warmup_steps=0))
     sae = method.sae
     assert sae.threshold is not None
@@ -172,7 +183,7 @@ def test_jumprelu_loss(target):
     torch.testing.assert_close(sae.W_enc.grad, (x - sae.b_dec).T @ (d_acts * (acts > 0)), rtol=1e-6, atol=1e-9)
 
 
-def test_gated_loss_gradients_and_result():
+def test_gated_loss_gradients_and_result(version):
     method, x = method_of(config(Gated(), sparsity_coefficient=0.2, sparsity_warmup_steps=0))
     assert isinstance(method, GatedMethod)
     sae = method.sae
@@ -192,6 +203,39 @@ def test_gated_loss_gradients_and_result():
     with torch.no_grad():
         torch.testing.assert_close(sae.encode(x), acts, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(sae(x).x_hat, terms.x_hat, rtol=1e-5, atol=1e-6)
+
+
+PENALTIES: dict[str, tuple[Method, dict[str, Any]]] = {
+    "relu": (ReLU(), {"sparsity_coefficient": 0.3}),
+    "relu, norms": (ReLU(), {"sparsity_coefficient": 0.3, "decoder_norm_penalty": True}),
+    "jumprelu": (JumpReLU(), {"sparsity_coefficient": 0.2, "bandwidth": 0.7, "initial_threshold": 0.4}),
+    "jumprelu, target": (JumpReLU(), {"target_l0": 3.0, "bandwidth": 0.7, "initial_threshold": 0.1}),
+    "gated": (Gated(), {"sparsity_coefficient": 0.2}),
+}
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+@pytest.mark.parametrize("shift", [0.0, -4.0, -1e3], ids=["many", "few", "none"])
+def test_versions_of_a_penalised_method_agree(monkeypatch, kind, shift):
+    """Loss, reconstruction, firing and all gradients; with blocks that do not divide the latents, and shared memory."""
+    monkeypatch.setattr("saehook.kernels.dense.ENTRIES_AT_ONCE", 50 * 9)
+    monkeypatch.setattr("saehook.kernels.selection.LATENTS_AT_ONCE", 7)
+    monkeypatch.setattr("saehook.kernels.sparse.LATENTS_AT_ONCE", 5)
+    activation, settings = PENALTIES[kind]
+    results = []
+    for version in VERSIONS:
+        monkeypatch.setenv("SAEHOOK_KERNELS", version)
+        method, x = method_of(config(activation, sparsity_warmup_steps=0, **settings))
+        method.sae.b_enc.data += shift
+        scratch = kernels.Scratch()
+        scratch.take("pre_acts", (50, D_SAE), x).fill_(float("nan"))
+        terms = method.terms(x, x, 0, scratch)
+        gradients = torch.autograd.grad(terms.loss, list(method.parameters.values()))
+        results.append([terms.loss, terms.x_hat, terms.fired, *gradients])
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-10)
+    assert bool(results[0][2].any()) == (shift > -1e3)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

@@ -7,52 +7,51 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-SAMPLED_TOKENS = 64
-"""Tokens from which `batch_topk` estimates its bound."""
+from saehook.kernels import block_maxima
+from saehook.kernels.device import queued
+
+LATENTS_AT_ONCE = 512
+"""Latents that `above` compares together: few enough to stay in a CPU's cache."""
 
 
 class Selection:
-    """Kept (token, latent) pairs of a batch, in the order of the tokens.
+    """Kept (token, latent) pairs of a batch.
 
     A pair may have a pre-activation <= 0: its activation is then 0 and nothing flows through it.
     """
 
-    def __init__(self, positions: Tensor, n_tokens: int, d_sae: int, *, per_token: int | None = None) -> None:
-        """`positions` are token * d_sae + latent, [m], the tokens ascending; `per_token`: each token has that many."""
-        self.positions = positions
+    def __init__(self, tokens: Tensor, latents: Tensor, n_tokens: int, d_sae: int, *, order: str = "") -> None:
+        """The pairs (tokens[i], latents[i]), [m]; `order` says by which of both they ascend: `token`, `latent`, or ''."""
+        self.tokens = tokens
+        self.latents = latents
         self.n_tokens = n_tokens
         self.d_sae = d_sae
-        self._per_token = per_token
+        self.order = order
 
     @cached_property
-    def latents(self) -> Tensor:
-        """Latent of each pair, [m]."""
-        return self.positions % self.d_sae
+    def by_token(self) -> tuple[Tensor | slice, Tensor]:
+        """The pairs ordered by token, as an index of [m], and where each token's begin, [n_tokens + 1]."""
+        return _ordered(self.tokens, self.n_tokens, presorted=self.order == "token")
 
     @cached_property
-    def tokens(self) -> Tensor:
-        """Token of each pair, [m], ascending."""
-        return self.positions // self.d_sae
+    def by_latent(self) -> tuple[Tensor | slice, Tensor]:
+        """The pairs ordered by latent, as an index of [m], and where each latent's begin, [d_sae + 1]."""
+        return _ordered(self.latents, self.d_sae, presorted=self.order == "latent")
 
-    @cached_property
-    def token_offsets(self) -> Tensor:
-        """Where each token's pairs begin, [n_tokens + 1]."""
-        if self._per_token is not None:
-            end = self.n_tokens * self._per_token
-            return torch.arange(0, end + 1, self._per_token, device=self.positions.device)
-        return _offsets(self.tokens, self.n_tokens)
+    @property
+    def positions(self) -> Tensor:
+        """token * d_sae + latent, [m]."""
+        return self.tokens * self.d_sae + self.latents
 
-    @cached_property
-    def by_latent(self) -> tuple[Tensor, Tensor]:
-        """The transposed lists: pairs ordered by latent, [m], and where each latent's begin, [d_sae + 1]."""
-        ordered, order = self.latents.sort(stable=True)
-        return order, _offsets(ordered, self.d_sae)
+    def subset(self, some: Tensor) -> Selection:
+        """The pairs at the ascending indices `some`."""
+        return Selection(self.tokens[some], self.latents[some], self.n_tokens, self.d_sae, order=self.order)
 
     def first_of_each_token(self, k: int) -> Selection:
-        """The first k pairs of each token, where all tokens have the same number."""
-        assert self._per_token is not None
-        positions = self.positions.view(self.n_tokens, self._per_token)[:, :k].reshape(-1)
-        return Selection(positions, self.n_tokens, self.d_sae, per_token=k)
+        """The first k pairs of each token, where all tokens have the same number and the pairs their order."""
+        assert self.order == "token"
+        tokens, latents = (x.view(self.n_tokens, -1)[:, :k].reshape(-1) for x in (self.tokens, self.latents))
+        return Selection(tokens, latents, self.n_tokens, self.d_sae, order="token")
 
     def by_group(self, ends: Tensor) -> Selection:
         """The same pairs, with the groups of latents that end before `ends` [G] as tokens of their own.
@@ -60,51 +59,67 @@ class Selection:
         Token t becomes the G tokens t·G ... t·G + G - 1, so that decoding gives each group's part of each token.
         """
         group = torch.searchsorted(ends, self.latents, right=True)
-        tokens = self.tokens * len(ends) + group
-        return Selection(tokens * self.d_sae + self.latents, self.n_tokens * len(ends), self.d_sae)
+        order = self.order if self.order == "latent" else ""
+        n_tokens = self.n_tokens * len(ends)
+        return Selection(self.tokens * len(ends) + group, self.latents, n_tokens, self.d_sae, order=order)
 
     def values(self, dense: Tensor) -> Tensor:
         """The entries of `dense` [n_tokens, d_sae] at the pairs, [m]."""
+        if _is_by_latent(dense):
+            return dense.T.reshape(-1).index_select(0, self.latents * self.n_tokens + self.tokens)
         return dense.reshape(-1).index_select(0, self.positions)
 
 
-def _offsets(ascending: Tensor, n: int) -> Tensor:
-    return torch.searchsorted(ascending, torch.arange(n + 1, device=ascending.device))
+def _ordered(keys: Tensor, n: int, *, presorted: bool) -> tuple[Tensor | slice, Tensor]:
+    """An index that sorts `keys`, all in 0..n-1, and where each key's places begin, [n + 1]."""
+    ascending, index = (keys, slice(None)) if presorted else keys.sort(stable=True)
+    return index, torch.searchsorted(ascending, torch.arange(n + 1, device=keys.device))
+
+
+def _is_by_latent(pre_acts: Tensor) -> bool:
+    """Whether the memory of [n_tokens, d_sae] is latent-major."""
+    return pre_acts.T.is_contiguous() and not pre_acts.is_contiguous()
 
 
 def topk(pre_acts: Tensor, k: int, *, descending: bool = False) -> Selection:
     """The k largest of each token, on request the largest first; `activation_fns.topk` is the definition."""
     n_tokens, d_sae = pre_acts.shape
-    latents = pre_acts.topk(k, dim=-1, sorted=descending).indices
-    first = torch.arange(0, n_tokens * d_sae, d_sae, device=pre_acts.device)
-    return Selection((latents + first[:, None]).view(-1), n_tokens, d_sae, per_token=k)
+    if _is_by_latent(pre_acts) and block_maxima.applies(d_sae, k):
+        latents = block_maxima.largest_of_each_token(pre_acts.T, k, descending=descending)
+    else:
+        latents = pre_acts.topk(k, dim=-1, sorted=descending).indices
+    tokens = torch.arange(n_tokens, device=pre_acts.device)[:, None].expand(n_tokens, k)
+    return Selection(tokens.reshape(-1), latents.view(-1), n_tokens, d_sae, order="token")
 
 
 def batch_topk(pre_acts: Tensor, k: int) -> Selection:
-    """The tokens × k largest positive entries of the whole batch; `activation_fns.batch_topk` is the definition.
-
-    On a CPU only entries above a bound are sorted out; the bound comes from a few tokens, and where it proves too high
-    all positive entries are taken. Elsewhere one flat top-k is used, which needs no synchronisation.
-    """
+    """The tokens × k largest entries of the whole batch; `activation_fns.batch_topk` is the definition."""
     n_tokens, d_sae = pre_acts.shape
-    flat = pre_acts.reshape(-1)
-    n = min(flat.numel(), k * n_tokens)
-    if flat.device.type == "cpu":
-        positions = _above_bound(pre_acts, k, n)
-        if positions.numel() > n:
-            positions = positions[flat[positions].topk(n, sorted=False).indices].sort().values
+    n = min(pre_acts.numel(), k * n_tokens)
+    if not _is_by_latent(pre_acts):
+        positions = pre_acts.reshape(-1).topk(n, sorted=False).indices
+        return Selection(positions // d_sae, positions % d_sae, n_tokens, d_sae)
+    if block_maxima.applies(d_sae, k):
+        positions = block_maxima.largest_of_all(pre_acts.T, n)
     else:
-        positions = flat.topk(n, sorted=False).indices.sort().values
-    return Selection(positions, n_tokens, d_sae)
+        positions = pre_acts.T.reshape(-1).topk(n, sorted=False).indices
+    return Selection(positions % n_tokens, positions // n_tokens, n_tokens, d_sae)
 
 
-def _above_bound(pre_acts: Tensor, k: int, n: int) -> Tensor:
-    """Positions of all entries above some bound >= 0, ascending: at least n of them unless fewer are positive."""
-    flat = pre_acts.reshape(-1)
-    sample = pre_acts[:: max(1, pre_acts.shape[0] // SAMPLED_TOKENS)]
-    n_sample = min(sample.numel(), sample.shape[0] * k * 5 // 4 + 1)
-    bound = sample.reshape(-1).topk(n_sample, sorted=False).values.min()
-    positions = (flat > bound.clamp(min=0)).nonzero().view(-1)
-    if positions.numel() < n and bound > 0:
-        positions = (flat > 0).nonzero().view(-1)
-    return positions
+def above(by_latent: Tensor, lower: Tensor, most: int) -> Selection | None:
+    """The pairs of latent-major `by_latent` [d_sae, n_tokens] above `lower` [d_sae]; None if more than `most`.
+
+    Only for devices that are not queued, since the number is read.
+    """
+    assert not queued(by_latent.device)
+    d_sae, n_tokens = by_latent.shape
+    found, left = [], most
+    for first in range(0, d_sae, LATENTS_AT_ONCE):
+        rows = slice(first, first + LATENTS_AT_ONCE)
+        positions = (by_latent[rows] > lower[rows, None]).view(-1).nonzero().view(-1)
+        left -= positions.numel()
+        if left < 0:
+            return None
+        found.append(positions + first * n_tokens)
+    positions = torch.cat(found)
+    return Selection(positions % n_tokens, positions // n_tokens, n_tokens, d_sae, order="latent")

@@ -8,6 +8,7 @@ gradient is written once. W_enc's gradient is latent-major in memory (the transp
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,26 +16,65 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saehook.kernels.reference import Encoded, Select, pre_acts
+from saehook.kernels.device import queued
+from saehook.kernels.product import pre_acts, pre_acts_by_latent
+from saehook.kernels.reference import Autoencoded, Encoded, Rule, Select
+from saehook.kernels.scratch import Scratch, take
 from saehook.kernels.selection import Selection
+
+LATENTS_AT_ONCE = 1024
+"""Rows of a gradient that are summed together on a CPU, so that they are in the cache when they go to their place."""
 
 
 def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, select: Select, out: Tensor | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    select: Select,
+    scratch: Scratch | None = None,
 ) -> Encoded:
-    """The same as `reference.encode`. The pre-activations are written to `out` and not needed afterwards."""
+    """The same as `reference.encode`. The pre-activations are not needed afterwards."""
     with torch.no_grad():
         centred = x - b_dec
-        pre = pre_acts(centred, W_enc, b_enc, out)
+        if queued(x.device):  # a GPU's top-k is fastest along contiguous rows
+            pre = pre_acts(centred, W_enc, b_enc)
+        else:
+            pre = pre_acts_by_latent(centred, W_enc, b_enc, scratch).T
         selection = select(pre)
-        values = selection.values(pre).to(x.dtype).relu()
-    return Encoded(_Encode.apply(values, centred, W_enc, b_enc, b_dec, selection), selection)
+        values = selection.values(pre).to(x.dtype)
+    return Encoded(_Encode.apply(values, centred, W_enc, b_enc, b_dec, selection, scratch), selection)
 
 
-def decode(values: Tensor, W_dec: Tensor, selection: Selection) -> Tensor:
+def decode(values: Tensor, W_dec: Tensor, selection: Selection, scratch: Scratch | None = None) -> Tensor:
     """The same as `reference.decode`."""
-    decoded = _sum_rows(W_dec.detach(), selection.latents, selection.token_offsets, values)
-    return _DecoderGradient.apply(decoded, W_dec, values.detach(), selection)
+    return _Decode.apply(values, W_dec, selection, scratch)
+
+
+def autoencode(
+    by_latent: Tensor,
+    centred: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    W_dec: Tensor,
+    rule: Rule,
+    per_latent: Sequence[Tensor],
+    selection: Selection,
+    scratch: Scratch | None = None,
+) -> Autoencoded:
+    """The same as `reference.autoencode`, from pre-activations [d_sae, n_tokens] and all pairs that the rule cares for."""
+    latents = selection.latents
+    values = selection.values(by_latent.T).to(centred.dtype)
+    pre = _Encode.apply(values, centred, W_enc, b_enc, b_dec, selection, scratch)
+    acts, cost, frozen = rule(pre, *(numbers.index_select(0, latents) for numbers in per_latent))
+    fired = torch.zeros(len(b_enc), device=latents.device).index_add_(0, latents, (acts.detach() > 0).float())
+    return Autoencoded(
+        decode(acts, W_dec, selection, scratch),
+        cost.sum(),
+        fired,
+        None if frozen is None else decode(frozen, W_dec.detach(), selection),
+    )
 
 
 def _sum_rows(matrix: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -42,44 +82,81 @@ def _sum_rows(matrix: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor)
     return F.embedding_bag(indices, matrix, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
-def _outer(weights: Tensor, rows: Tensor, selection: Selection) -> Tensor:
-    """Gradient of a latent-major matrix: row i is Σ weights · rows[token] over the pairs of latent i, [d_sae, d_in]."""
-    order, offsets = selection.by_latent
-    return _sum_rows(rows.contiguous(), selection.tokens[order], offsets, weights[order])
+def _without_zeros(weights: Tensor, selection: Selection) -> tuple[Tensor, Selection]:
+    """Only the pairs that weigh something, where their number may be read."""
+    if queued(weights.device) or len(some := weights.nonzero().view(-1)) == len(weights):
+        return weights, selection
+    return weights[some], selection.subset(some)
+
+
+def _blocks(offsets: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Latents that are treated together, their pairs, and where each latent's begin among these."""
+    if queued(offsets.device):
+        yield slice(None), slice(None), offsets
+        return
+    for first in range(0, len(offsets) - 1, LATENTS_AT_ONCE):
+        part = offsets[first : first + LATENTS_AT_ONCE + 1]
+        yield slice(first, first + LATENTS_AT_ONCE), slice(int(part[0]), int(part[-1])), part - part[0]
 
 
 class _Encode(torch.autograd.Function):
-    """Passes the selected activations on; backward gives the gradients of the encoder and of the centring."""
+    """Passes the selected pre-activations on; backward gives the gradients of the encoder and of the centring."""
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, selection: Selection
+        ctx: Any,
+        values: Tensor,
+        centred: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        selection: Selection,
+        scratch: Scratch | None,
     ) -> Tensor:
-        ctx.save_for_backward(values, centred, W_enc)
-        ctx.selection = selection
+        ctx.save_for_backward(centred, W_enc)
+        ctx.selection, ctx.scratch = selection, scratch
         return values.view_as(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, centred, W_enc = ctx.saved_tensors
-        d_pre = torch.where(values > 0, grad, 0)
-        d_b_enc = d_pre.new_zeros(W_enc.shape[1]).index_add_(0, ctx.selection.latents, d_pre)
-        d_W_enc = _outer(d_pre, centred, ctx.selection).T
-        return None, None, d_W_enc, d_b_enc, -(W_enc @ d_b_enc), None
+        centred, W_enc = ctx.saved_tensors
+        grad, selection = _without_zeros(grad, ctx.selection)
+        d_b_enc = grad.new_zeros(W_enc.shape[1]).index_add_(0, selection.latents, grad)
+        order, offsets = selection.by_latent
+        tokens, grad = selection.tokens[order], grad[order]
+        d_rows = take(ctx.scratch, "W_enc", (W_enc.shape[1], W_enc.shape[0]), centred)
+        for latents, pairs, starts in _blocks(offsets):
+            d_rows[latents] = _sum_rows(centred, tokens[pairs], starts, grad[pairs])
+        return None, None, d_rows.T, d_b_enc, -(W_enc @ d_b_enc), None, None
 
 
-class _DecoderGradient(torch.autograd.Function):
-    """Passes the decoded batch on; backward gives the gradient of W_dec (that of the values is `embedding_bag`'s)."""
-
+class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, decoded: Tensor, W_dec: Tensor, values: Tensor, selection: Selection) -> Tensor:
-        ctx.save_for_backward(values)
-        ctx.selection = selection
-        return decoded.view_as(decoded)
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, selection: Selection, scratch: Scratch | None) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.selection, ctx.scratch = selection, scratch
+        values, selection = _without_zeros(values, selection)
+        order, offsets = selection.by_token
+        return _sum_rows(W_dec, selection.latents[order], offsets, values[order])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (values,) = ctx.saved_tensors
-        return grad, _outer(values, grad, ctx.selection), None, None
+        """Row j of W_dec's gradient is Σ value · grad[token] over the pairs of latent j; what differentiates that sum for a
+        value, when W_dec is the gradient of the sum, is grad[token] · W_dec[j]: the gradient of the value itself."""
+        values, W_dec = ctx.saved_tensors
+        order, offsets = ctx.selection.by_latent
+        tokens, values, grad = ctx.selection.tokens[order], values[order], grad.contiguous()
+        d_W_dec = take(ctx.scratch, "W_dec", tuple(W_dec.shape), W_dec) if ctx.needs_input_grad[1] else None
+        d_values = torch.empty_like(values)
+        for latents, pairs, starts in _blocks(offsets):
+            some = values[pairs].detach().requires_grad_()
+            with torch.enable_grad():
+                rows = _sum_rows(grad, tokens[pairs], starts, some)
+            (d_values[pairs],) = torch.autograd.grad(rows, some, W_dec[latents])
+            if d_W_dec is not None:
+                d_W_dec[latents] = rows.detach()
+        if not isinstance(order, slice):
+            d_values = torch.empty_like(d_values).index_copy_(0, order, d_values)
+        return d_values, d_W_dec, None, None

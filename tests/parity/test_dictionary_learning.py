@@ -87,7 +87,7 @@ def test_every_step_is_theirs(recorded, monkeypatch, name, kernel):
     seen: dict[str, list[float]] = {"error": [], "aux": []}
     dead, thresholds = [], []
     for step, batch in enumerate(batches(settings)):
-        run.step(batch)
+        run.step({SITE: batch})
         for key, values in seen.items():
             values.append(float(run.sums[key]) - sum(values))
         dead.append(int(run.dead.numel()))
@@ -120,10 +120,11 @@ def test_the_loss_and_its_gradients_are_theirs(recorded, name):
         "gated": (Gated(), {"sparsity_coefficient": settings["l1_penalty"]}),
     }[name]
     config = TrainConfig(site=SITE, activation=activation, d_sae=settings["d_sae"], tokens=1000, **own)
-    method = make_method(config, torch.zeros(D_IN), torch.tensor(1.0))
+    method = make_method(config, InputFacts(1.0, torch.zeros(D_IN), torch.tensor(1.0)))
     for key, parameter in method.parameters.items():
         parameter.data.copy_(tensors[f"{name}.start.{key}"])
-    loss = method.terms(batches(settings)[0], config.steps).loss  # at full penalty
+    x = batches(settings)[0]
+    loss = method.terms(x, x, config.steps).loss  # at full penalty
     if name == "matryoshka":
         loss = loss / len(settings["fractions"])
     torch.testing.assert_close(loss.detach(), tensors[f"{name}.loss"], rtol=1e-5, atol=0)

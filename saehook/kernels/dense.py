@@ -1,0 +1,106 @@
+"""The kernel of a step in which many latents fire, where sums over pairs would cost more than products.
+
+Forward and backward go over blocks of latents, so that beside the pre-activations nothing of their size is held; each row
+of a gradient is written once. Five products: encoder, decoder, and the gradients of activations and both matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saehook.kernels.device import queued
+from saehook.kernels.product import add_mm, mm
+from saehook.kernels.reference import Autoencoded, Rule
+from saehook.kernels.scratch import Scratch, take
+
+ENTRIES_AT_ONCE = 2**19
+"""Pre-activations in a block on a CPU: some tensors of that size stay in its cache."""
+ENTRIES_AT_ONCE_QUEUED = 2**26
+"""The same on other devices, where larger products are faster."""
+
+
+def autoencode(
+    by_latent: Tensor,
+    centred: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    W_dec: Tensor,
+    rule: Rule,
+    per_latent: tuple[Tensor, ...],
+    scratch: Scratch | None = None,
+) -> Autoencoded:
+    """The same as `reference.autoencode`, from pre-activations [d_sae, n_tokens], which must stay until the backward pass."""
+    return Autoencoded(*_Dense.apply(by_latent, centred, W_enc, b_enc, b_dec, W_dec, rule, scratch, *per_latent))
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        by_latent: Tensor,
+        centred: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        W_dec: Tensor,
+        rule: Rule,
+        scratch: Scratch | None,
+        *per_latent: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(by_latent, centred, W_enc, W_dec, *per_latent)
+        ctx.rule, ctx.scratch = rule, scratch
+        decoded, total_cost = centred.new_zeros(len(centred), W_dec.shape[1]), centred.new_zeros(())
+        fired = torch.zeros(len(b_enc), device=centred.device)
+        total_frozen = None
+        for rows in _blocks(by_latent):
+            acts, cost, frozen = rule(by_latent[rows].to(centred.dtype), *(p[rows, None] for p in per_latent))
+            add_mm(decoded, acts.T, W_dec[rows])
+            total_cost += cost.sum()
+            fired[rows] = (acts > 0).sum(1, dtype=torch.float32)
+            if frozen is not None:
+                total_frozen = torch.zeros_like(decoded) if total_frozen is None else total_frozen
+                add_mm(total_frozen, frozen.T, W_dec[rows])
+        ctx.mark_non_differentiable(fired)
+        ctx.set_materialize_grads(False)
+        return decoded, total_cost, fired, total_frozen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        by_latent, centred, W_enc, W_dec, *per_latent = ctx.saved_tensors
+        d_decoded, d_cost, _, d_frozen = grads
+        assert d_decoded is not None
+        d_W_enc = take(ctx.scratch, "W_enc", tuple(W_enc.T.shape), W_dec)
+        d_W_dec = take(ctx.scratch, "W_dec", tuple(W_dec.shape), W_dec)
+        d_b_enc = W_dec.new_empty(len(W_dec))
+        d_per_latent = [torch.empty_like(p) for p in per_latent]
+        for rows in _blocks(by_latent):
+            with torch.enable_grad():
+                pre = by_latent[rows].to(centred.dtype).detach().requires_grad_()
+                numbers = [p[rows].detach().requires_grad_() for p in per_latent]
+                acts, cost, frozen = ctx.rule(pre, *(p[:, None] for p in numbers))
+                outputs = [acts, cost.sum()] + ([] if frozen is None else [frozen])
+            d_outputs = [mm(W_dec[rows], d_decoded.T), d_cost]
+            if frozen is not None:
+                assert d_frozen is not None
+                d_outputs.append(mm(W_dec[rows], d_frozen.T))
+            d_pre, *d_numbers = torch.autograd.grad(outputs, [pre, *numbers], d_outputs)
+            mm(acts.detach(), d_decoded, out=d_W_dec[rows])
+            mm(d_pre, centred, out=d_W_enc[rows])
+            torch.sum(d_pre, 1, out=d_b_enc[rows])
+            for whole, part in zip(d_per_latent, d_numbers, strict=True):
+                whole[rows] = part
+        return None, None, d_W_enc.T, d_b_enc, -(W_enc @ d_b_enc), d_W_dec, None, None, *d_per_latent
+
+
+def _blocks(by_latent: Tensor) -> Iterator[slice]:
+    """Latents that are treated together."""
+    d_sae, n_tokens = by_latent.shape
+    size = max(1, (ENTRIES_AT_ONCE_QUEUED if queued(by_latent.device) else ENTRIES_AT_ONCE) // n_tokens)
+    return (slice(first, first + size) for first in range(0, d_sae, size))

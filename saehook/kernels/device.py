@@ -1,0 +1,16 @@
+"""What depends on the kind of device."""
+
+from __future__ import annotations
+
+import torch
+
+ALWAYS_QUEUED = False
+"""Take the branches of a GPU on a CPU, too; for tests."""
+
+
+def queued(device: torch.device) -> bool:
+    """Whether operations on the device are queued, so that reading a result on the host would wait for all of them.
+
+    Where it is True no step may read a result: sizes must not depend on data.
+    """
+    return ALWAYS_QUEUED or device.type != "cpu"
