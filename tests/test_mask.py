@@ -362,7 +362,8 @@ def test_the_cache_is_shared_by_runs_with_other_norms_but_not_other_first_tokens
     handle = model.lm.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
     made = []
     options: dict[str, Any] = {"cache": tmp_path / "cache", "progress": False}
-    for i, changes in enumerate(({}, {"max_norm_ratio": 0}, {"max_norm_ratio": 20}, {"skip_first_tokens": 2})):
+    settings: list[dict[str, Any]] = [{}, {"max_norm_ratio": 0}, {"max_norm_ratio": 20}, {"skip_first_tokens": 2}]
+    for i, changes in enumerate(settings):
         before = len(passes)
         run = train_saes(model, [config()], documents(), tmp_path / str(i), **options, **changes)
         made.append(len(passes) - before - 1)  # the fingerprint
