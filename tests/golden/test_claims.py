@@ -62,16 +62,20 @@ def test_with_orthonormal_directions_the_batch_rule_never_loses(seed):
 
 @pytest.mark.slow
 def test_batchtopk_beats_topk_where_tokens_need_different_numbers_of_latents():
-    """And it uses them: as many as it was told on average, but not on every token. TopK finds the directions, all."""
+    """It keeps as many as it was told on average, but not on every token. Where all need the same number it does not win.
+    TopK finds all directions."""
     for seed in range(2):
         top, batch = fit((TopK(k=3), {"seed": seed}), (BatchTopK(k=3), {"seed": seed}), steps=1200, counts="geometric")
         (top_fvu, top_l0), (batch_fvu, batch_l0) = (measured(sae, "geometric") for sae in (top, batch))
-        assert batch_fvu < 0.9 * top_fvu
+        assert batch_fvu < top_fvu
         assert float(top_l0.mean()) == pytest.approx(3, rel=0.01)
         assert float(batch_l0.mean()) == pytest.approx(3, rel=0.05)  # by the threshold, on fresh tokens
         assert float(batch_l0.min()) <= 1
         assert float(batch_l0.max()) > 6
         assert float(best_cosines(top, planted(1)[1]).mean()) > 0.98
+    top, batch = fit((TopK(k=3), {}), (BatchTopK(k=3), {}), steps=1200, counts="constant")
+    assert measured(top, "constant")[0] < measured(batch, "constant")[0]
+    assert float(best_cosines(top, planted(1)[1]).mean()) > 0.98
 
 
 @pytest.mark.slow
@@ -86,11 +90,13 @@ def test_more_weight_of_the_l0_penalty_means_fewer_latents_and_more_error():
 
 
 @pytest.mark.slow
-def test_too_small_a_bandwidth_leaves_the_thresholds_where_they_are():
-    narrow, wide = fit(*((JumpReLU(), {"sparsity_coefficient": 0.03, "bandwidth": b}) for b in (1e-4, 0.05)), steps=300)
-    spread = [float(sae.threshold.detach().std()) for sae in (narrow, wide)]
-    assert spread[0] < spread[1]
-    assert float(measured(narrow)[1].mean()) > float(measured(wide)[1].mean())
+def test_a_wider_bandwidth_means_fewer_latents():
+    settings: list[dict[str, Any]] = [{"sparsity_coefficient": 0.03, "bandwidth": b} for b in (1e-4, 0.05, 0.3)]
+    results = [measured(sae) for sae in fit(*((JumpReLU(), s) for s in settings), steps=300)]
+    l0 = [float(latents.mean()) for _, latents in results]
+    assert l0 == sorted(l0, reverse=True)
+    assert l0[0] > 1.2 * l0[1]
+    assert results[2][0] > results[1][0]  # too wide: worse reconstruction, too
 
 
 @pytest.mark.slow
