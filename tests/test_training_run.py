@@ -8,6 +8,7 @@ from builders import WIDTH, build_lm, byte_tokenizer
 
 from saehook import BatchTopK, TopK, TrainConfig, load_sae
 from saehook.corpus import Document, text_hash
+from saehook.dataset_text import DatasetText
 from saehook.errors import ArgumentError, SiteError
 from saehook.hooked_model import HookedModel
 from saehook.tokenization import windows
@@ -92,6 +93,29 @@ def test_text_that_ends_early_is_said_and_can_be_repeated(model, tmp_path):
     run = train_saes(model, [config()], few, tmp_path / "again", repeat=True, progress=False)
     assert run.saes[0].sae.metadata["tokens_seen"] == 8000
     assert run.saes[0].sae.metadata["text"]["passes"] > 1
+
+
+def test_a_dataset_is_streamed_and_named_in_the_files(model, tmp_path):
+    """The same rows give the same SAE from a stream, which ends early or is repeated as other text, and through a cache."""
+    (tmp_path / "data").mkdir()
+    lines = "".join(json.dumps({"id": i, "body": d.text}) + "\n" for i, d in enumerate(documents(40)))
+    (tmp_path / "data" / "train.jsonl").write_text(lines)
+    text = DatasetText(str(tmp_path / "data"), column="body", skip=2)
+    small = config(tokens=3000, calibration_tokens=500)
+    sae = train_saes(model, [small], text, tmp_path / "a", progress=False).saes[0].sae
+    record = sae.metadata["text"]
+    assert record["dataset"] == {
+        "name": "data", "split": "train", "column": "body", "skip": 2, "fingerprint": text.fingerprint
+    }  # fmt: skip
+    assert 10 < record["documents"] <= 38
+    train_saes(model, [small], text, tmp_path / "b", cache=tmp_path / "cache", progress=False)
+    again = train_saes(model, [small], text, tmp_path / "c", cache=tmp_path / "cache", progress=False).saes[0].sae
+    assert again.metadata["text"]["cached"]
+    with pytest.warns(UserWarning, match="ended early"):
+        train_saes(model, [config(tokens=20_000)], text, tmp_path / "once", progress=False)
+    run = train_saes(model, [config(tokens=20_000)], text, tmp_path / "again", repeat=True, progress=False)
+    assert run.saes[0].sae.metadata["tokens_seen"] == 20_000
+    assert run.saes[0].sae.metadata["text"]["documents"] > 38
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_runs(model, tmp_path):
