@@ -37,11 +37,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         (made["jsonl"] / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
         parquet.write_table(pyarrow.Table.from_pylist(part), made["parquet"] / f"{name}.parquet", row_group_size=7)
     (made["jsonl"] / "test.jsonl").write_text('{"text": "held out", "id": 0, "none": null}\n')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        datasets.disable_progress_bars()
-        datasets.Dataset.from_list(rows).save_to_disk(made["saved"])
-        datasets.enable_progress_bars()
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows).save_to_disk(made["saved"])
+    datasets.enable_progress_bars()
     return made
 
 

@@ -97,7 +97,7 @@ def test_a_logger_that_fails_is_said_once_and_left_out(tmp_path):
 
 def wandb_history(file: Path) -> Iterator[dict[str, Any]]:
     """What a run logged, from its file: after 7 bytes a log as LevelDB writes it, of messages."""
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     data, at, message = file.read_bytes(), 7, b""
     while at + 7 <= len(data):
@@ -108,7 +108,7 @@ def wandb_history(file: Path) -> Iterator[dict[str, Any]]:
         message += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record.FromString(message)
+            record = Record.FromString(message)
             yield {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
             message = b""
 

@@ -96,26 +96,34 @@ def test_text_that_ends_early_is_said_and_can_be_repeated(model, tmp_path):
 
 
 def test_a_dataset_is_streamed_and_named_in_the_files(model, tmp_path):
-    """The same rows give the same SAE from a stream, which ends early or is repeated as other text, and through a cache."""
+    """Also where it ends early, and is repeated."""
     (tmp_path / "data").mkdir()
-    lines = "".join(json.dumps({"id": i, "body": d.text}) + "\n" for i, d in enumerate(documents(40)))
+    lines = "".join(json.dumps({"id": i, "body": d.text}) + "\n" for i, d in enumerate(documents(9)))
     (tmp_path / "data" / "train.jsonl").write_text(lines)
     text = DatasetText(str(tmp_path / "data"), column="body", skip=2)
-    small = config(tokens=3000, calibration_tokens=500)
-    sae = train_saes(model, [small], text, tmp_path / "a", progress=False).saes[0].sae
-    record = sae.metadata["text"]
-    assert record["dataset"] == {
-        "name": "data", "split": "train", "column": "body", "skip": 2, "fingerprint": text.fingerprint
-    }  # fmt: skip
-    assert 10 < record["documents"] <= 38
-    train_saes(model, [small], text, tmp_path / "b", cache=tmp_path / "cache", progress=False)
-    again = train_saes(model, [small], text, tmp_path / "c", cache=tmp_path / "cache", progress=False).saes[0].sae
-    assert again.metadata["text"]["cached"]
-    with pytest.warns(UserWarning, match="ended early"):
-        train_saes(model, [config(tokens=20_000)], text, tmp_path / "once", progress=False)
-    run = train_saes(model, [config(tokens=20_000)], text, tmp_path / "again", repeat=True, progress=False)
-    assert run.saes[0].sae.metadata["tokens_seen"] == 20_000
-    assert run.saes[0].sae.metadata["text"]["documents"] > 38
+    more = config(tokens=2400, calibration_tokens=100, batch_tokens=50)
+    with pytest.warns(UserWarning, match="ended early|no fresh tokens"):
+        once = train_saes(model, [more], text, tmp_path / "once", progress=False).saes[0].sae.metadata
+    dataset = {"name": "data", "split": "train", "column": "body", "skip": 2, "fingerprint": text.fingerprint}
+    assert once["text"]["dataset"] == dataset
+    assert once["text"]["documents"] == 7
+    assert once["tokens_seen"] < 2400
+    again = train_saes(model, [more], text, tmp_path / "again", repeat=True, progress=False).saes[0].sae.metadata
+    assert again["tokens_seen"] == 2400
+    assert again["text"]["documents"] > 7
+
+
+def test_a_dataset_through_the_cache_gives_the_same_twice(model, tmp_path):
+    (tmp_path / "data").mkdir()
+    lines = "".join(json.dumps({"text": d.text}) + "\n" for d in documents(12))
+    (tmp_path / "data" / "train.jsonl").write_text(lines)
+    text = DatasetText(str(tmp_path / "data"))
+    options = {"cache": tmp_path / "cache", "progress": False}
+    small = config(tokens=1000, calibration_tokens=100, batch_tokens=50)
+    saes = [train_saes(model, [small], text, tmp_path / name, **options).saes[0].sae for name in ("a", "b")]
+    assert torch.equal(saes[0].W_dec, saes[1].W_dec)
+    assert saes[1].metadata["text"]["cached"]
+    assert saes[1].metadata["text"]["dataset"]["name"] == "data"
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_runs(model, tmp_path):
