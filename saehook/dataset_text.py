@@ -86,10 +86,13 @@ class DatasetText(Iterable[Document]):
             ArgumentError: it is not written as `SYNTAX` says; and what the class raises.
         """
         name, *pairs = spec.removeprefix(PREFIX).split(",")
-        options: dict[str, Any] = dict(pair.strip().partition("=")[::2] for pair in pairs)
-        if not name or not all(options.values()) or not options.keys() <= set(OPTIONS):
+        options: dict[str, Any] = {}
+        for pair in pairs:
+            key, _, value = pair.strip().partition("=")
+            options[key] = count(value) if value and key in ("skip", "take") else value
+        if not name or "" in options.values() or not options.keys() <= set(OPTIONS):
             raise ArgumentError(f"{spec!r} is not understood; expected {SYNTAX}.")
-        return cls(name, **{key: count(value) if key in ("skip", "take") else value for key, value in options.items()})
+        return cls(name, **options)
 
     @property
     def spec(self) -> str:
@@ -137,7 +140,9 @@ class DatasetText(Iterable[Document]):
             from huggingface_hub import HfApi
 
             self.revision = HfApi().dataset_info(self.name, revision=self.revision).sha
-        return dict(load_dataset_builder(self.name, self.config, revision=self.revision).as_streaming_dataset())
+        builder = load_dataset_builder(self.name, self.config, revision=self.revision)
+        splits: Any = builder.as_streaming_dataset()
+        return dict(splits)
 
     def _check_first_row(self) -> list[str]:
         """The columns; raises ArgumentError where `column` is none of them, or holds no text."""

@@ -143,7 +143,7 @@ class TextStream(Iterator[Tensor]):
     def facts(self) -> dict[str, Any]:
         """What was read, for the files of SAEs."""
         if isinstance(self.documents, DatasetText):
-            return {"dataset": self.documents.facts, "documents": self.read}
+            return {"dataset": self.documents.facts, **({"documents": self.read} if self.read else {})}
         return {"sha256": self.sha256, "documents": len(self.documents)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

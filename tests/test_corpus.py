@@ -1,5 +1,6 @@
 """Text on the machine, and text given by path."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -39,6 +40,24 @@ def test_a_file_is_a_document_and_a_json_line_is_a_document(tmp_path):
     (tmp_path / "many.jsonl").write_text('{"text": "a", "id": 1}\n\n{"text": "b"}\n{"text": "  "}\n')
     documents = list(corpus.read_documents([tmp_path / "one.txt", tmp_path / "many.jsonl"]))
     assert documents == [("one.txt", "first\nsecond"), ("many.jsonl:1", "a"), ("many.jsonl:3", "b")]
+
+
+def test_json_lines_end_at_line_feeds_only_and_may_be_compressed(tmp_path):
+    lines = '\ufeff{"text": "one\u2028line\u0085"}\r\n{"text": "two"}\n'
+    (tmp_path / "a.jsonl").write_bytes(lines.encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    documents = list(corpus.read_documents(corpus.text_files([tmp_path])))
+    assert [d.text for d in documents] == ["one\u2028line\u0085", "two"] * 2
+    assert documents[3].name == "b.jsonl.gz:2"
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-9])
+    with pytest.raises(FileError, match="cannot read the text file .*gz"):
+        list(corpus.read_documents([tmp_path / "b.jsonl.gz"]))
+
+
+def test_another_field_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "body": "words"}\n')
+    with pytest.raises(FileError, match="line 1 .*its fields are id, body.*hf:FOLDER,column=FIELD"):
+        list(corpus.read_documents([tmp_path / "a.jsonl"]))
 
 
 @pytest.mark.parametrize("line", ["not json", '["text"]', '{"body": "x"}', '{"text": 3}', "null"])

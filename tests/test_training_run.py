@@ -8,6 +8,7 @@ from builders import WIDTH, build_lm, byte_tokenizer
 
 from saehook import BatchTopK, TopK, TrainConfig, load_sae
 from saehook.corpus import Document, text_hash
+from saehook.dataset_text import DatasetText
 from saehook.errors import ArgumentError, SiteError
 from saehook.hooked_model import HookedModel
 from saehook.tokenization import windows
@@ -92,6 +93,37 @@ def test_text_that_ends_early_is_said_and_can_be_repeated(model, tmp_path):
     run = train_saes(model, [config()], few, tmp_path / "again", repeat=True, progress=False)
     assert run.saes[0].sae.metadata["tokens_seen"] == 8000
     assert run.saes[0].sae.metadata["text"]["passes"] > 1
+
+
+def test_a_dataset_is_streamed_and_named_in_the_files(model, tmp_path):
+    """Also where it ends early, and is repeated."""
+    (tmp_path / "data").mkdir()
+    lines = "".join(json.dumps({"id": i, "body": d.text}) + "\n" for i, d in enumerate(documents(9)))
+    (tmp_path / "data" / "train.jsonl").write_text(lines)
+    text = DatasetText(str(tmp_path / "data"), column="body", skip=2)
+    more = config(tokens=2400, calibration_tokens=100, batch_tokens=50)
+    with pytest.warns(UserWarning, match="ended early|no fresh tokens"):
+        once = train_saes(model, [more], text, tmp_path / "once", progress=False).saes[0].sae.metadata
+    dataset = {"name": "data", "split": "train", "column": "body", "skip": 2, "fingerprint": text.fingerprint}
+    assert once["text"]["dataset"] == dataset
+    assert once["text"]["documents"] == 7
+    assert once["tokens_seen"] < 2400
+    again = train_saes(model, [more], text, tmp_path / "again", repeat=True, progress=False).saes[0].sae.metadata
+    assert again["tokens_seen"] == 2400
+    assert again["text"]["documents"] > 7
+
+
+def test_a_dataset_through_the_cache_gives_the_same_twice(model, tmp_path):
+    (tmp_path / "data").mkdir()
+    lines = "".join(json.dumps({"text": d.text}) + "\n" for d in documents(12))
+    (tmp_path / "data" / "train.jsonl").write_text(lines)
+    text = DatasetText(str(tmp_path / "data"))
+    options = {"cache": tmp_path / "cache", "progress": False}
+    small = config(tokens=1000, calibration_tokens=100, batch_tokens=50)
+    saes = [train_saes(model, [small], text, tmp_path / name, **options).saes[0].sae for name in ("a", "b")]
+    assert torch.equal(saes[0].W_dec, saes[1].W_dec)
+    assert saes[1].metadata["text"]["cached"]
+    assert saes[1].metadata["text"]["dataset"]["name"] == "data"
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_runs(model, tmp_path):
