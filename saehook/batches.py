@@ -30,6 +30,32 @@ class Resumable(Protocol):
         ...
 
 
+class Judged(Protocol):
+    """A batch from which one can ask what happens downstream of it, such as `kl_tuning.KLBatch`."""
+
+    activations: Batch
+
+    def divergence(self, site: str, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(clean ‖ spliced), a scalar, with `x_hat` [n, width] at `site`, and its gradient."""
+        ...
+
+
+class JudgedBatches(Protocol):
+    """Where they come from, such as `kl_tuning.KLBatches`."""
+
+    def take(self, n_tokens: int) -> Judged:
+        """The next batch."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able data to go on from."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from it."""
+        ...
+
+
 class Stream:
     """Cuts an iterator of activations into batches of any size, the same tokens for all sites."""
 

@@ -361,6 +361,9 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Keep the exponential moving average of the weights with this decay, and store it instead of the last weights; 0 is
     off. With bias correction, as in Adam."""
+    kl_tokens: int = 0
+    """Train on the last so many of `tokens` through the language model: KL(clean ‖ spliced) counts as much as the squared
+    error then (Karvonen 2025)."""
     auxk_coefficient: float | None = None
     """Weight of the auxiliary loss that revives dead latents; 0 is off (Gao et al. 2024, appendix A.2). Default: 1/32 for
     the topk and batchtopk kinds, 0 for the others."""
@@ -385,7 +388,7 @@ class TrainConfig:
         for name in ("lr", "adam_eps", "clip_norm", "auxk_coefficient", "sparsity_coefficient", "bandwidth"):
             if getattr(self, name) is not None:
                 _number(self, name, 0.0)
-        for name in ("warmup_steps", "sparsity_warmup_steps", "k_anneal_steps", "initial_threshold"):
+        for name in ("warmup_steps", "sparsity_warmup_steps", "k_anneal_steps", "kl_tokens", "initial_threshold"):
             if getattr(self, name) is not None:
                 _number(self, name, 0)
         for name in ("decay_share", "threshold_beta", "adam_beta1", "ema_decay"):
@@ -481,6 +484,11 @@ class TrainConfig:
         if self.lr is not None:
             return self.lr
         return 2e-4 / math.sqrt(self.d_sae / 2**14) * min(2.0, max(1.0, math.sqrt(8000 / self.steps)))
+
+    @property
+    def kl_steps(self) -> int:
+        """How many of the last steps go through the language model."""
+        return min(self.steps, -(-self.kl_tokens // self.resolved_batch_tokens))
 
     @property
     def resolved_warmup_steps(self) -> int:

@@ -409,6 +409,15 @@ class HookedModel(Runs):
             taps.run(lambda: self.lm(**arguments, use_cache=False), actions, self._positions(batch, Program()))
         return {name: action.value for name, action in actions.items() if action.value is not None}
 
+    def run(self, x: Any, actions: Mapping[str, Action]) -> Any:
+        """One forward pass with any action at each site, by its name; the model's own output, in the caller's grad mode."""
+        batch = self._batch(x)
+        found = [resolve(self.lm, name)[0] for name in actions]
+        arguments = self._arguments(batch, masked=False)
+        taps = self._readers(tuple(site.name for site in found), found)
+        by_name = dict(zip((site.name for site in found), actions.values(), strict=True))
+        return taps.run(lambda: self.lm(**arguments, use_cache=False), by_name, self._positions(batch, Program()))
+
     def _readers(self, names: tuple[str, ...], sites: Sequence[Site]) -> _Taps:
         with self._lock:
             if names not in self._taps:

@@ -60,6 +60,10 @@ class Method:
         """Loss of scaled tokens [n, d_in] with the target `y` [n, d_out] at step `step`; `scratch` as in `kernels.encode`."""
         raise NotImplementedError
 
+    def error(self, y: Tensor, x_hat: Tensor) -> Tensor:
+        """The squared error in the units of the loss, a scalar."""
+        return losses.squared_error(y, x_hat)
+
     @property
     def center(self) -> Tensor:
         """What the encoder subtracts from its input, [d_in]: b_dec, or nothing for a transcoder."""
@@ -133,11 +137,14 @@ class Method:
 class TopKMethod(Method):
     """TopK (Gao et al. 2024): the k largest of each token."""
 
+    def error(self, y: Tensor, x_hat: Tensor) -> Tensor:
+        return losses.reconstruction(y, x_hat, self.variance)
+
     def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
         sae, k = self.sae, self.k_at(step)
         values, selection = self._encode(x, lambda pre: kernels.topk(pre, k), k, scratch)
         x_hat = kernels.decode(values, sae.W_dec, selection, k=k, scratch=scratch) + self.offset(x)
-        return Terms(losses.reconstruction(y, x_hat, self.variance), x_hat, self._fired(values, selection))
+        return Terms(self.error(y, x_hat), x_hat, self._fired(values, selection))
 
     def k_at(self, step: int) -> int:
         """k at this step: it falls linearly from d_in over `k_anneal_steps`."""
@@ -174,8 +181,7 @@ class MultiTopKMethod(TopKMethod):
         offset = self.offset(x)
         x_hat = kernels.decode(first_values, sae.W_dec, first, k=k) + offset
         wide = kernels.decode(values, sae.W_dec, selection, k=more, scratch=scratch) + offset
-        loss = losses.reconstruction(y, x_hat, self.variance)
-        loss = loss + method.weight * losses.reconstruction(y, wide, self.variance)
+        loss = self.error(y, x_hat) + method.weight * self.error(y, wide)
         return Terms(loss, x_hat, self._fired(first_values, first))
 
 
@@ -186,8 +192,7 @@ class BatchTopKMethod(TopKMethod):
         sae, k = self.sae, self.k_at(step)
         values, selection = self._encode(x, lambda pre: kernels.batch_topk(pre, k), k, scratch)
         x_hat = kernels.decode(values, sae.W_dec, selection, k=k, scratch=scratch) + self.offset(x)
-        loss = losses.reconstruction(y, x_hat, self.variance)
-        return Terms(loss, x_hat, self._fired(values, selection), _smallest(values))
+        return Terms(self.error(y, x_hat), x_hat, self._fired(values, selection), _smallest(values))
 
 
 class MatryoshkaMethod(BatchTopKMethod):

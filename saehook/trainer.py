@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from saehook import kernels, losses
-from saehook.batches import Batch, InputFacts, Stream
+from saehook.batches import Batch, InputFacts, Judged, JudgedBatches, Stream
 from saehook.calibration import Calibration, Calibrator
 from saehook.checkpoint import load_sae
 from saehook.config import BatchTopK, TrainConfig, activation_to_dict, method_to_dict
@@ -87,6 +87,8 @@ class Run:
         self.sums: dict[str, Tensor] = {}
         """Sums of the metrics since the last line."""
         self.summed_steps = 0
+        self.kl, self.kl_steps = torch.zeros((), dtype=torch.float64, device=device), 0
+        """Sum of KL(clean ‖ spliced) over the steps with it, since the last line."""
         self.bad = torch.zeros(2, dtype=torch.int64, device=device)
         """First step that was not finite, counted from 1 (0: none), and which of BAD_VALUES it was. From then on nothing
         changes any more; it is read when metrics are, so that no step needs a synchronisation."""
@@ -110,12 +112,20 @@ class Run:
         }
 
     @property
+    def judged(self) -> bool:
+        """Whether the next step goes through the language model."""
+        return self.config.steps - self.config.kl_steps <= self.steps < self.config.steps
+
+    @property
     def done(self) -> bool:
         """Whether all steps are taken."""
         return self.steps >= self.config.steps
 
-    def step(self, batch: Batch, scratch: kernels.Scratch | None = None) -> None:
-        """One optimiser step on raw activations [batch_tokens, width] by site; `scratch` is memory that steps share."""
+    def step(self, batch: Batch, scratch: kernels.Scratch | None = None, judged: Judged | None = None) -> None:
+        """One optimiser step on raw activations [batch_tokens, width] by site; `scratch` is memory that steps share.
+
+        `judged`: that batch, where the language model has a say.
+        """
         x = batch[self.config.site] * self.facts.scale
         y = x if self.config.site_out is None else batch[self.config.site_out] * self.target.scale
         terms = self.method.terms(x, y, self.steps, scratch)
@@ -125,7 +135,8 @@ class Run:
         self._track_firing(
             terms, len(x)
         )  # first, as in the released code of Gao et al.: it decides which latents are dead
-        terms.loss.backward()
+        loss = terms.loss if judged is None else terms.loss + self._divergence(y, terms.x_hat, judged)
+        loss.backward()
         aux = self._auxiliary_loss(x, y - terms.x_hat.detach())
         taken = self.optimizer.step(allowed)
         self.tokens_since_fired = torch.where(taken, self.tokens_since_fired, before[0])
@@ -135,6 +146,18 @@ class Run:
         self.steps += 1
         self._note_bad(sane, taken)
         self._add_metrics(y, terms, aux, taken)
+
+    def _divergence(self, y: Tensor, x_hat: Tensor, judged: Judged) -> Tensor:
+        """What is added to the loss so that the KL, brought to the size of the error, counts as much as the error, and both
+        together as much as the error before: the penalty keeps its weight (Karvonen 2025). A scalar that is 0 but for its
+        gradient."""
+        kl, gradient = judged.divergence(self.config.site_out or self.config.site, x_hat.detach() / self.target.scale)
+        error = self.method.error(y, x_hat)
+        size = error.detach() / kl.clamp(min=torch.finfo(kl.dtype).tiny)
+        pulled = (x_hat * (gradient / self.target.scale)).sum() * size
+        self.kl = self.kl + kl.double()
+        self.kl_steps += 1
+        return (pulled - pulled.detach() + error.detach() - error) / 2
 
     def _auxiliary_loss(self, x: Tensor, residual: Tensor) -> Tensor:
         """AuxK, whose gradient is added to that of the loss."""
@@ -211,7 +234,10 @@ class Run:
         }
         if (threshold := self._mean_threshold()) is not None:
             self.metrics["threshold"] = threshold
+        if self.kl_steps:
+            self.metrics["kl"] = float(self.kl) / self.kl_steps
         self.sums, self.summed_steps = {}, 0
+        self.kl, self.kl_steps = torch.zeros_like(self.kl), 0
         return self.metrics
 
     def _mean_threshold(self) -> float | None:
@@ -239,12 +265,14 @@ class Run:
                 "dead": self.dead,
                 "threshold": self.threshold,
                 "bad": self.bad,
+                "kl": self.kl,
             },
         }
         tensors = {f"{part}.{name}": x for part, named in parts.items() for name, x in named.items()}
         data = {
             "steps": self.steps,
             "summed_steps": self.summed_steps,
+            "kl_steps": self.kl_steps,
             "metrics": self.metrics,
             "origin": self.origin,
         }
@@ -270,7 +298,7 @@ class Run:
         for name, value in part("run").items():
             setattr(self, name, value)
         self.steps, self.summed_steps, self.metrics = data["steps"], data["summed_steps"], data["metrics"]
-        self.origin = data["origin"]
+        self.kl_steps, self.origin = data["kl_steps"], data["origin"]
 
     @torch.no_grad()
     def finish(self) -> SAE:
@@ -355,6 +383,7 @@ class Trainer:
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         log: Sequence[str] = (),
         progress: bool = True,
+        kl_batches: JudgedBatches | None = None,
     ) -> None:
         """`batches` yields activations of shuffled tokens, as many at a time as it likes: a dict from each site to
         [n, d_in], or plain tensors where all configs share one site. It should go on for `calibration_tokens` beyond
@@ -377,7 +406,9 @@ class Trainer:
         self.d_in = dict.fromkeys(sites, d_in) if isinstance(d_in, int) else {s: d_in[s] for s in sites if s in d_in}
         if missing := [site for site in sites if site not in self.d_in]:
             raise ArgumentError(f"d_in names no width for {', '.join(missing)}.")
-        self.batches = batches
+        if kl_batches is None and any(config.kl_tokens for config in self.configs):
+            raise ArgumentError("kl_tokens needs the language model: train with saehook.training_run.train_saes.")
+        self.batches, self.kl_batches = batches, kl_batches
         self.device = device
         self.log_file = None if log_dir is None else Path(log_dir) / METRICS
         check_loggers(log)
@@ -468,11 +499,19 @@ class Trainer:
         while not all(run.done for run in self.runs):
             if self._stop.is_set():
                 raise TrainingInterrupted(self._said_where(stream, bar))
-            if stream.available(self.batch_tokens) < self.batch_tokens:
-                break
-            batch = stream.take(self.batch_tokens)
-            for run in self.runs:
-                if not run.done:
+            active = [run for run in self.runs if not run.done]
+            batch, judged = None, None
+            if not all(run.judged for run in active):
+                if stream.available(self.batch_tokens) < self.batch_tokens:
+                    break
+                batch = stream.take(self.batch_tokens)
+            if any(run.judged for run in active):
+                assert self.kl_batches is not None
+                judged = self.kl_batches.take(self.batch_tokens)
+            for run in active:
+                if run.judged and judged is not None:
+                    run.step(judged.activations, scratch, judged)
+                elif batch is not None:
                     run.step(batch, scratch)
             self.steps += 1
             bar.update(self.batch_tokens)
@@ -516,6 +555,7 @@ class Trainer:
             "configs": [resolved_settings(run.config, run.k_aux) for run in self.runs],
             "steps": self.steps,
             "stream": source,
+            "kl_batches": None if self.kl_batches is None else self.kl_batches.state(),
             "scales": {site: facts.scale for site, facts in self.facts.items()},
             "runs": [],
         }
@@ -550,9 +590,15 @@ class Trainer:
             prefix = f"runs.{i}."
             run.load_state({k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}, run_data)
         self.steps = data["steps"]
-        stream.load_state(tensors, data["stream"], self.steps * self.batch_tokens)
+        if self.kl_batches is not None:
+            self.kl_batches.load_state(data["kl_batches"])
+        stream.load_state(tensors, data["stream"], self._streamed_steps() * self.batch_tokens)
         if self.log_file is not None:
             _drop_lines_after(self.log_file, self.steps)
+
+    def _streamed_steps(self) -> int:
+        """Steps so far that took a batch of the stream."""
+        return min(self.steps, max(config.steps - config.kl_steps for config in self.configs))
 
     def _patiently(self, write: Callable[[], Any], bar: tqdm | None = None) -> Any:
         """Do a write; while the disk is full wait, say so once, and try again. `stop` ends the waiting."""

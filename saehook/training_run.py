@@ -24,6 +24,7 @@ from saehook.evaluation import EvalResult, evaluate
 from saehook.files import atomic_write
 from saehook.harvest import Shuffled, TextStream, activations_of, mask_rules, without_outliers
 from saehook.hooked_model import HookedModel
+from saehook.kl_tuning import KLBatches
 from saehook.loggers import check_loggers
 from saehook.reports import write_report
 from saehook.run_state import checkpoints
@@ -115,7 +116,7 @@ def train_saes(
     out.mkdir(parents=True, exist_ok=True)
     seed = configs[0].seed
 
-    def from_the_start() -> TextStream:
+    def from_the_start(repeat: bool = repeat, seed: int = seed) -> TextStream:
         return TextStream(documents, model.tokenizer, window_size(model.context), repeat=repeat, seed=seed)
 
     text = from_the_start()
@@ -148,9 +149,14 @@ def train_saes(
         seed=seed,
         text=text if cache is None else None,  # a cache is read again up to the place where a run was stopped
     )
+    kl_batches = None
+    if any(config.kl_tokens for config in configs):
+        # In an order of its own, so that whole windows do not follow what the buffer holds.
+        kl_batches = KLBatches(model, list(widths), from_the_start(repeat=True, seed=seed + 1), rules)
     trainer = Trainer(
         configs,
         batches,
+        kl_batches=kl_batches,
         d_in=widths,
         device=str(model.device),
         log_dir=out,

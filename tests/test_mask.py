@@ -77,6 +77,7 @@ def test_tokens_outside_the_mask_keep_their_bits(models_by_name, name):
                 hooked(ids, **program)
             assert [i for i in range(11) if not torch.equal(seen[0][0, i], x[i])] == touched, program
         for vector in (torch.zeros(WIDTH), torch.ones(WIDTH)):
+            seen = []
             with reference.written(model.lm, "layers.2.resid_pre", lambda x, seen=seen: seen.append(x.clone()) or x):  # type: ignore[func-returns-value]
                 hooked.run(ids, {SITE: ReplaceAction(vector, recorded)})
             assert torch.equal(
