@@ -57,7 +57,7 @@ class Method:
         self.parameters: dict[str, nn.Parameter] = dict(sae.named_parameters())
 
     def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
-        """Loss of scaled tokens [n, d_in] with the target `y` [n, d_out] at step `step`; `scratch` as in `kernels.encode`."""
+        """Loss of scaled tokens [n, d_in] with the target `y` [n, d_out] at step `step`; `scratch` is shared memory."""
         raise NotImplementedError
 
     def error(self, y: Tensor, x_hat: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 2048
 """Rows that are projected or normalised together: few enough to stay in a CPU's cache."""
 
 

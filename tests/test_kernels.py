@@ -165,6 +165,26 @@ def test_lists_by_token_and_by_latent(rule):
         assert int(offsets[-1]) == keys.numel() == 120
 
 
+@pytest.mark.parametrize("part", ["decoded", "cost", "frozen"])
+def test_each_result_of_autoencode_may_be_used_alone(monkeypatch, part):
+    results = []
+    for version in ("reference", "dense", "sparse"):
+        monkeypatch.setenv("SAEHOOK_KERNELS", version)
+        x, *weights = problem(9, 4, 20)
+        W_enc, b_enc, W_dec, b_dec = weights
+
+        def rule(pre: Tensor, gain: Tensor) -> kernels.Activated:
+            return kernels.Activated(pre.relu() * gain, pre.relu(), pre.relu().square())
+
+        gain = torch.linspace(1, 2, 20, dtype=x.dtype, requires_grad=True)
+        found = kernels.autoencode(x, W_enc, b_enc, b_dec, W_dec, rule, [gain], torch.zeros(20))
+        loss = getattr(found, part).sum()
+        got = torch.autograd.grad(loss, (*weights, gain), allow_unused=True, materialize_grads=True)
+        results.append((loss, *got))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
 def test_gradients_lie_in_the_shared_memory():
     """And autograd takes them as they are, without a copy."""
     x, *weights = problem(20, 8, 64)

@@ -44,7 +44,9 @@ def auxk_by_hand(x: Tensor, residual: Tensor, params: tuple[Tensor, ...], dead: 
     return error / sum((t[i] - mean[i]) ** 2 for t in targets for i in range(d_in))
 
 
-def auxk(params: tuple[Tensor, ...], x: Tensor, residual: Tensor, dead: list[int], k_aux: int) -> float:
+def auxk(
+    params: tuple[Tensor, Tensor, Tensor, Tensor], x: Tensor, residual: Tensor, dead: list[int], k_aux: int
+) -> float:
     """The loss; the gradients of four times it are left in the parameters, on top of ones."""
     for p in params:
         p.grad = torch.ones_like(p)

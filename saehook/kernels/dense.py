@@ -67,7 +67,6 @@ class _Dense(torch.autograd.Function):
                 total_frozen = torch.zeros_like(decoded) if total_frozen is None else total_frozen
                 add_mm(total_frozen, frozen.T, W_dec[rows])
         ctx.mark_non_differentiable(fired)
-        ctx.set_materialize_grads(False)
         return decoded, total_cost, fired, total_frozen
 
     @staticmethod
