@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from saehook.kernels import block_maxima
+from saehook.kernels.block_maxima import applies, largest_of_all, largest_of_each_token
 from saehook.kernels.device import queued
 
 LATENTS_AT_ONCE = 512
@@ -84,8 +84,8 @@ def _is_by_latent(pre_acts: Tensor) -> bool:
 def topk(pre_acts: Tensor, k: int, *, descending: bool = False) -> Selection:
     """The k largest of each token, on request the largest first; `activation_fns.topk` is the definition."""
     n_tokens, d_sae = pre_acts.shape
-    if _is_by_latent(pre_acts) and block_maxima.applies(d_sae, k):
-        latents = block_maxima.largest_of_each_token(pre_acts.T, k, descending=descending)
+    if _is_by_latent(pre_acts) and applies(d_sae, k):
+        latents = largest_of_each_token(pre_acts.T, k, descending=descending)
     else:
         latents = pre_acts.topk(k, dim=-1, sorted=descending).indices
     tokens = torch.arange(n_tokens, device=pre_acts.device)[:, None].expand(n_tokens, k)
@@ -99,8 +99,8 @@ def batch_topk(pre_acts: Tensor, k: int) -> Selection:
     if not _is_by_latent(pre_acts):
         positions = pre_acts.reshape(-1).topk(n, sorted=False).indices
         return Selection(positions // d_sae, positions % d_sae, n_tokens, d_sae)
-    if block_maxima.applies(d_sae, k):
-        positions = block_maxima.largest_of_all(pre_acts.T, n)
+    if applies(d_sae, k):
+        positions = largest_of_all(pre_acts.T, n)
     else:
         positions = pre_acts.T.reshape(-1).topk(n, sorted=False).indices
     return Selection(positions % n_tokens, positions // n_tokens, n_tokens, d_sae)
