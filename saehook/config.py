@@ -328,7 +328,7 @@ class TrainConfig:
     tokens: int
     """Tokens to train on (special tokens are not counted)."""
     batch_tokens: int | None = None
-    """Tokens a step. Default: at most 4096, and few enough for 1000 steps."""
+    """Tokens a step. Default: at most 4096, at least 64, and between these few enough for 1000 steps."""
     lr: float | None = None
     """Peak learning rate. Default: 2e-4 / sqrt(d_sae / 2**14) (Gao et al. 2024, figure 3), times sqrt(8000 / steps) in
     runs of under 8,000 steps, but at most doubled."""
@@ -471,7 +471,7 @@ class TrainConfig:
     @property
     def resolved_batch_tokens(self) -> int:
         """`batch_tokens`, or the default for this budget."""
-        return self.batch_tokens or max(1, min(4096, self.tokens // 1000))
+        return self.batch_tokens or min(self.tokens, max(64, min(4096, self.tokens // 1000)))
 
     @property
     def steps(self) -> int:

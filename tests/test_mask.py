@@ -50,6 +50,19 @@ def with_rule(sae: SAE, rule: MaskRule) -> SAE:
     return sae
 
 
+def value_behind(model: HookedModel, run: Any) -> Tensor:
+    """What `run` leaves at SITE of a single row, [n, d], read with a plain hook on the module behind it."""
+    seen: list[Tensor] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(x.detach().clone())
+        return x
+
+    with reference.written(model.lm, "layers.2.resid_pre", look):
+        run()
+    return seen[-1][0]
+
+
 # --- what is left alone ----------------------------------------------------------------------------------------------
 
 PROGRAMS: list[dict[str, Any]] = [
@@ -72,17 +85,14 @@ def test_tokens_outside_the_mask_keep_their_bits(models_by_name, name):
     for recorded, touched in ((rule, inside), (MaskRule(), [i for i in range(11) if i != 5])):
         hooked = model.attach(with_rule(tiny_sae(site=SITE), recorded))
         for program in PROGRAMS:
-            seen: list[Tensor] = []
-            with reference.written(model.lm, "layers.2.resid_pre", lambda x, seen=seen: seen.append(x.clone()) or x):  # type: ignore[func-returns-value]
-                hooked(ids, **program)
-            assert [i for i in range(11) if not torch.equal(seen[0][0, i], x[i])] == touched, program
+            after = value_behind(model, lambda hooked=hooked, program=program: hooked(ids, **program))
+            assert [i for i in range(11) if not torch.equal(after[i], x[i])] == touched, program
         for vector in (torch.zeros(WIDTH), torch.ones(WIDTH)):
-            seen = []
-            with reference.written(model.lm, "layers.2.resid_pre", lambda x, seen=seen: seen.append(x.clone()) or x):  # type: ignore[func-returns-value]
-                hooked.run(ids, {SITE: ReplaceAction(vector, recorded)})
-            assert torch.equal(
-                seen[-1][0], torch.where(torch.isin(torch.arange(11), torch.tensor(touched))[:, None], vector, x)
-            )
+            replace = {SITE: ReplaceAction(vector, recorded)}
+            after = value_behind(model, lambda hooked=hooked, replace=replace: hooked.run(ids, replace))
+            assert torch.equal(after[touched], vector.expand(len(touched), -1))
+            rest = [i for i in range(11) if i not in touched]
+            assert torch.equal(after[rest], x[rest])
         hooked.detach()
 
 
@@ -352,8 +362,8 @@ def test_the_cache_is_shared_by_runs_with_other_norms_but_not_other_first_tokens
     handle = model.lm.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
     made = []
     options: dict[str, Any] = {"cache": tmp_path / "cache", "progress": False}
-    cases: list[dict[str, Any]] = [{}, {"max_norm_ratio": 0}, {"max_norm_ratio": 20}, {"skip_first_tokens": 2}]
-    for i, changes in enumerate(cases):
+    settings: list[dict[str, Any]] = [{}, {"max_norm_ratio": 0}, {"max_norm_ratio": 20}, {"skip_first_tokens": 2}]
+    for i, changes in enumerate(settings):
         before = len(passes)
         run = train_saes(model, [config()], documents(), tmp_path / str(i), **options, **changes)
         made.append(len(passes) - before - 1)  # the fingerprint
