@@ -626,6 +626,9 @@ class Trainer:
         calibrators = [Calibrator(sae, tokens) for sae, tokens in zip(saes, wanted, strict=True)]
         left = max(wanted)
         while left > 0 and (n := stream.available(min(left, self.batch_tokens))) > 0:
+            if self._stop.is_set():
+                saved = "nothing is saved" if self.checkpoint_dir is None else "resume it to do that again"
+                raise TrainingInterrupted(f"all steps were taken, but not yet all latents measured: {saved}.")
             batch = stream.take(n)
             for calibrator, config in zip(calibrators, self.configs, strict=True):
                 calibrator.update(batch[config.site])
