@@ -39,6 +39,7 @@ CHARTS = (
     Metric("loss", "Loss", "what training makes small", log=True),
     Metric("fvu", "FVU", "fraction of variance unexplained", log=True),
     Metric("l0", "L0", "latents that fire on a token"),
+    Metric("kl", "KL", "nats per token, clean to spliced, where the language model has a say", log=True),
     Metric("dead_share", "Dead latents", "share of all latents"),
     Metric("threshold", "Threshold", "in the units of the activations"),
     Metric("lr", "Learning rate", "of the optimiser"),
@@ -137,6 +138,7 @@ def _facts(saes: Mapping[str, SAE]) -> str:
     """What was trained, in a few words each."""
     facts: dict[str, Callable[[SAE], Any]] = {
         "Sites": lambda sae: sae.site,
+        "Reconstructed": lambda sae: sae.site_out,
         "Activation": lambda sae: sae.config.activation,
         "Latents (d_sae)": lambda sae: f"{sae.d_sae:,}",
         "Tokens": lambda sae: _lookup(sae, "tokens_seen"),
