@@ -221,12 +221,15 @@ def _add_generation(sub: argparse.ArgumentParser) -> None:
         ("clamp", "set a latent: --clamp 123=2"),
         ("scale", "multiply a latent: --scale 123=0"),
         ("ablate", "set a latent to 0: --ablate 123"),
+        ("at-least", "raise a latent where it is below: --at-least 123=0.5max"),
+        ("at-most", "lower a latent where it is above: --at-most 123=0.5max"),
+        ("to-mean", "set a latent to its recorded mean: --to-mean 123"),
     ):
         sub.add_argument(
             f"--{name}",
             action="append",
             default=[],
-            metavar="[SITE/]LATENT=AMOUNT" if name != "ablate" else "[SITE/]LATENT",
+            metavar="[SITE/]LATENT=AMOUNT" if name not in {"ablate", "to-mean"} else "[SITE/]LATENT",
             help=text,
         )
     sub.add_argument(
@@ -500,16 +503,14 @@ def generate(arguments: argparse.Namespace) -> None:
         )
     hooked, _ = _attach(arguments)
     edits = [*program.edits, *_edits(arguments)]
-    sampling = (
+    sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)  # said below
         result = hooked.generate(
             arguments.prompt,
-            edits=edits,
-            splice=program.splice,
-            error=program.error,
+            edits=dataclasses.replace(program, edits=edits),
             seed=arguments.seed,
             max_new_tokens=arguments.max_new_tokens,
             **sampling,
@@ -530,19 +531,20 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def _edits(arguments: argparse.Namespace) -> list[Any]:
-    """The edits of --steer, --clamp, --scale and --ablate, in that order."""
+    """The edits of --steer, --clamp, --scale, --ablate, --at-least, --at-most and --to-mean, in that order."""
     from saehook import interventions as i
 
     where = {"everywhere": None, "prompt": i.prompt(), "generation": i.generation()}[arguments.where]
     makers = {"steer": i.steer, "clamp": i.clamp, "scale": i.scale, "ablate": i.ablate}
+    makers |= {"at-least": i.at_least, "at-most": i.at_most, "to-mean": i.to_mean}
     edits = []
     for name, make in makers.items():
-        for text in getattr(arguments, name):
+        for text in getattr(arguments, name.replace("-", "_")):
             site, _, rest = text.rpartition("/")
             latent, equals, amount = rest.partition("=")
             unit = next((u for u in ("max", "norm", "raw") if amount.endswith(u)), "")
             try:
-                values = [] if name == "ablate" and not equals else [float(amount.removesuffix(unit))]
+                values = [] if name in {"ablate", "to-mean"} and not equals else [float(amount.removesuffix(unit))]
                 options = {"unit": unit} if unit else {}
                 edits.append(make(int(latent), *values, site=site or None, where=where, **options))
             except (TypeError, ValueError) as error:

@@ -2,23 +2,24 @@
 
 z = encode(x), after the activation function. Edits apply in listed order to z. With the error kept
     x' = x + σ(x) · Σ (z'_i - z_i) W_dec[i]     over the edited latents, in float32, cast back to the dtype of x;
-with the error dropped x' = decode(z') on the tokens that an edit selects; spliced, on the whole mask of the SAE. A token that
-nothing selects keeps its bits. σ is 1, or the token's scale where the SAE normalises each token. A transcoder encodes what it
-reads at another site, and its edits change y there where it writes.
+where `keep_only` sets all others to 0, the sum goes over them, too: one product with W_dec. With the error dropped
+x' = decode(z') on the tokens that an edit selects; spliced, on the whole mask of the SAE. The program's `norm` then bounds x'
+or x' - x. A token that nothing selects keeps its bits. σ is 1, or the token's scale where the SAE normalises each token. A
+transcoder encodes what it reads at another site, and its edits change y there where it writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from saehook.config import MaskRule
 from saehook.errors import ArgumentError, SiteError
-from saehook.interventions import Edit, Program
+from saehook.interventions import Cap, Edit, Program
 from saehook.positions import TokenView
 from saehook.sae import SAE
 
@@ -51,6 +52,9 @@ class Dose:
         return n, float(self.total) / n if n else 0.0
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 @dataclass
 class _Prepared:
     """One edit, ready to run."""
@@ -58,6 +62,7 @@ class _Prepared:
     index: int
     edit: Edit
     columns: Tensor
+    """Of the edited latents, those whose z' it decides."""
     value: Tensor
     dose: Dose = field(default_factory=Dose)
 
@@ -71,7 +76,7 @@ class EditAction:
         """`edits`: (index in the program, edit), those of this site. `source`: what a transcoder reads.
 
         Raises:
-            LatentError: a latent outside 0..d_sae-1. MissingStatError: unit='max' without statistics.
+            LatentError: a latent outside 0..d_sae-1. MissingStatError: unit='max' or op 'mean' without statistics.
             ArgumentError: unit='norm' for a latent without direction.
         """
         self.sae, self.program, self.source = sae, program, source
@@ -82,13 +87,19 @@ class EditAction:
         self.rows = sae.W_dec[self.latents].float()
         self.dose = Dose()
         self.edits = []
+        self._too_large: list[tuple[TokenView, Tensor]] = []
         for index, edit in edits:
-            columns = torch.tensor([column[latent] for latent in edit.latents], device=sae.device)
+            meant = edit.latents
+            if edit.op == "keep_only":
+                meant = [latent for latent in used if latent not in edit.latents]
+            columns = torch.tensor([column[latent] for latent in meant], dtype=torch.long, device=sae.device)
             self.edits.append(_Prepared(index, edit, columns, self._value(edit, columns)))
-        self.reads_latents = any(edit.op != "add" for _, edit in edits)
+        self.reads_latents = any(edit.op != "add" or edit.active_only for _, edit in edits)
 
     def _value(self, edit: Edit, columns: Tensor) -> Tensor:
         """The value of each latent, [len(latents)] float32; for unit='norm' still to be multiplied by ‖x‖."""
+        if edit.op == "mean":
+            return self.sae.mean_act(edit.latents).to(self.sae.device)
         value = torch.full((len(edit.latents),), edit.value or 0.0, device=self.sae.device)
         if edit.unit == "max":
             value = value * self.sae.max_act(edit.latents).to(self.sae.device)
@@ -110,18 +121,32 @@ class EditAction:
         x32 = x.float()
         norm = torch.linalg.vector_norm(x32, dim=-1)
         read = x if self.source is None else self.source.take()
-        keep = view.mask(sae.mask_rule, norm if self.source is None else norm_of(read))
+        read_norm = norm if self.source is None else norm_of(read)
+        keep = view.mask(sae.mask_rule, read_norm)
         scale = sae.scale(x32)
         acts = sae.encode(read) if program.drops_error or self.reads_latents else None
         current = acts[..., self.latents].float() if acts is not None else None
-        delta, touched = None, None
+        delta, touched, emptied, others = None, None, None, None
         for p in active:
-            selected = view.select(p.edit.where, keep)
+            where = p.edit.where
+            selected = view.select(where, view.mask(sae.mask_rule, read_norm, special=True) if where.special else keep)
             change = self._change(p, current, norm if scale is None else norm / scale.squeeze(-1))
+            if p.edit.active_only:
+                assert current is not None
+                firing = current[..., p.columns] > 0
+                change = torch.where(firing, change, 0.0)
+                selected = selected & firing.any(-1)
             change = torch.where(selected[..., None], change, 0.0)
             if current is not None:
                 current = current.index_add(-1, p.columns, change)
             part = change @ self.rows[p.columns]
+            if p.edit.op == "keep_only":
+                assert acts is not None
+                if others is None:
+                    others = acts.float().index_fill(-1, self.latents, 0.0) @ sae.W_dec.float()
+                newly = selected if emptied is None else selected & ~emptied
+                emptied = selected if emptied is None else selected | emptied
+                part = part - torch.where(newly[..., None], others, 0.0)
             part = part if scale is None else part * scale
             p.dose.add(selected, part.detach(), norm.detach(), view.fresh)
             delta = part if delta is None else delta + part
@@ -131,6 +156,8 @@ class EditAction:
             assert current is not None
             if program.splice:  # tokens outside the mask that an edit names are edited all the same
                 touched = keep if touched is None else keep | touched
+            if emptied is not None:
+                acts = torch.where(emptied[..., None], 0.0, acts)
             if active:
                 acts = acts.index_copy(-1, self.latents, current.to(acts.dtype))
             new = sae.decode(acts, x32 if self.source is None else read).float()
@@ -138,11 +165,26 @@ class EditAction:
             assert delta is not None
             new = x32 + delta
         assert touched is not None
-        if len(self.edits) != 1 or program.drops_error:
+        if program.norm is not None:
+            new = _with_norm(program.norm, x32, new, norm)
+        if len(self.edits) != 1 or program.drops_error or program.norm is not None:
             self.dose.add(touched, (new - x32).detach(), norm.detach(), view.fresh)
         else:
             self.dose = self.edits[0].dose
+        if x.dtype in _HALF:
+            largest = torch.linalg.vector_norm(new.detach(), ord=torch.inf, dim=-1)
+            # What was not finite before is no fault of an edit.
+            self._too_large.append((view, touched & ~(largest <= torch.finfo(x.dtype).max) & norm.isfinite()))
         return torch.where(touched[..., None], new.to(x.dtype), x)
+
+    def overflow(self) -> tuple[int, int, int] | None:
+        """(row of the input, token counted among the row's own, its id) of the first x' that its half-precision dtype
+        cannot hold; None if there is none. Reads the device once."""
+        if not self._too_large or not torch.cat([large for _, large in self._too_large], 1).any():
+            return None
+        view, large = next((view, large) for view, large in self._too_large if large.any())
+        row, column = large.nonzero()[0].tolist()
+        return row // view.run.expansion, int(view.index[row, column]), int(view.ids[row, column])
 
     def _change(self, p: _Prepared, current: Tensor | None, norm: Tensor) -> Tensor:
         """z' - z of the edit's latents, [rows, n, len(latents)]; a constant for `add`, so that x' = x + c · W_dec exactly."""
@@ -152,12 +194,30 @@ class EditAction:
         assert current is not None
         z = current[..., p.columns]
         match p.edit.op:
-            case "set":
+            case "set" | "mean":
                 return value - z
+            case "min":
+                return (value - z).clamp_min(0.0)
+            case "max":
+                return (value - z).clamp_max(0.0)
             case "scale":
                 return (value - 1.0) * z
             case _:
                 return -z
+
+
+def _with_norm(rule: Any, x: Tensor, new: Tensor, norm: Tensor) -> Tensor:
+    """What `Program.norm` makes of x' = `new` [rows, n, d], `norm` = ‖x‖ [rows, n]; where x' = x, exactly x'."""
+    norm = norm[..., None]
+    if isinstance(rule, Cap):
+        delta = new - x
+        length = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
+        longest = rule.limit * norm
+        return torch.where(length > longest, x + delta * (longest / torch.where(length > 0, length, 1.0)), new)
+    length = torch.linalg.vector_norm(new, dim=-1, keepdim=True)
+    # Where nothing is left of x', there is no direction to stretch.
+    same = (new == x).all(-1, keepdim=True)
+    return torch.where(same, new, new * (norm / torch.where(length > 0, length, 1.0)))
 
 
 class ReplaceAction:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saehook.editing import Action, EditAction, ReadAction, SourceAction, StopForward
-from saehook.errors import SiteError
+from saehook.errors import ArgumentError, SiteError
 from saehook.interventions import Edit, Program
 from saehook.positions import Positions
 from saehook.results import EditReport, Latents, Report, SiteReport
@@ -98,7 +98,27 @@ class HookedSAEs(Runs):
         if not actions and not self._taps.closed:  # nothing to do: what is attached costs nothing
             with self._taps.lock:
                 return call(), Report()
-        return self._taps.run(call, actions, positions), _report(program, actions)
+        try:
+            result = self._taps.run(call, actions, positions)
+        except Exception:
+            self._check_overflow(actions)  # the cause, where the model failed on what an edit wrote
+            raise
+        self._check_overflow(actions)
+        return result, _report(program, actions)
+
+    def _check_overflow(self, actions: Mapping[str, Action]) -> None:
+        """Raises ArgumentError if x' was too large for the dtype of its site."""
+        for site, action in actions.items():
+            if not isinstance(action, EditAction) or (place := action.overflow()) is None:
+                continue
+            row, token, token_id = place
+            latents = sorted({latent for p in action.edits for latent in p.edit.latents})
+            what = f"the edits of latents {', '.join(map(str, latents))}" if latents else "the splice"
+            raise ArgumentError(
+                f"{what} at {site} gave a value that {self.lm.dtype} cannot hold, first at token {token} "
+                f"({self.tokenizer.decode([token_id])!r}) of row {row}. Use smaller amounts, a program with "
+                "norm={'cap': 1.0}, or load the model with dtype=torch.float32."
+            )
 
     @torch.no_grad()
     def run(self, x: Any, actions: Mapping[str, Action]) -> Any:

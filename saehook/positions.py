@@ -6,6 +6,7 @@ counts calls, so a run with cache, without cache, or with several tokens a step 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,19 +27,44 @@ class Positions:
         attended = torch.ones_like(ids) if attention_mask is None else attention_mask
         self.special = tuple(special)
         self.length = ids.shape[1]
+        self.expansion = expansion
         self.attended = attended.bool().repeat_interleave(expansion, 0)
         self.keep = keep_mask(ids, attended, special).repeat_interleave(expansion, 0)
         self.seen = 0
         """Positions that some pass has processed already; without a cache they come again, and reports count them once."""
 
-    def token_mask(self, tokens: tuple[int, ...]) -> Tensor:
-        """[rows, length], True at the named tokens of each row.
+    def check(self, where: Where) -> None:
+        """Raises ArgumentError if `where` names a row that the input lacks, or a token that one of its rows lacks."""
+        n_rows = len(self.attended) // self.expansion
+        if where.rows is not None and max(where.rows) >= n_rows:
+            raise ArgumentError(
+                f"row {max(where.rows)} is outside the {n_rows} rows of the input: expected 0..{n_rows - 1}."
+            )
+        if where.tokens is not None:
+            self.token_mask(where.tokens, where.rows)
+
+    @functools.cached_property
+    def shortest(self) -> int:
+        """Tokens of the shortest row."""
+        return int(self.attended.sum(1).min())
+
+    def row_mask(self, rows: tuple[int, ...]) -> Tensor:
+        """[rows], True for the rows that continue these rows of the input."""
+        mask = torch.zeros(len(self.attended) // self.expansion, dtype=torch.bool)
+        mask[list(rows)] = True
+        return mask.repeat_interleave(self.expansion).to(self.attended.device)
+
+    def token_mask(self, tokens: tuple[int, ...], rows: tuple[int, ...] | None = None) -> Tensor:
+        """[rows, length], True at the named tokens of each row, or of those of the input's rows.
 
         Raises:
             ArgumentError: a row does not have that many tokens.
         """
         mask = torch.zeros_like(self.attended)
-        for row, attended in enumerate(self.attended):
+        for place, attended in enumerate(self.attended):
+            row = place // self.expansion
+            if rows is not None and row not in rows:
+                continue
             columns = attended.nonzero()[:, 0]
             for token in tokens:
                 if not -len(columns) <= token < len(columns):
@@ -46,7 +72,7 @@ class Positions:
                         f"token {token} is outside the {len(columns)} tokens of row {row}: expected "
                         f"{-len(columns)}..{len(columns) - 1}. Indices count the row's own tokens, BOS included."
                     )
-                mask[row, columns[token]] = True
+                mask[place, columns[token]] = True
         return mask
 
     def view(self, past: int, ids: Tensor) -> TokenView:
@@ -73,9 +99,12 @@ class TokenView:
         self.n_generated = n - self.n_prompt
         self._keep: Tensor | None = None
 
-    def mask(self, rule: MaskRule, norm: Tensor) -> Tensor:
-        """The mask of an SAE with that rule, [rows, n] bool, on the device of `norm` = ‖x‖ [rows, n] at its site."""
-        keep = self.keep
+    def mask(self, rule: MaskRule, norm: Tensor, *, special: bool = False) -> Tensor:
+        """The mask of an SAE with that rule, [rows, n] bool, on the device of `norm` = ‖x‖ [rows, n] at its site.
+
+        `special`: special tokens, too.
+        """
+        keep = self.attended if special else self.keep
         if rule.skip_first_tokens:
             keep = keep & (self.index >= rule.skip_first_tokens)
         keep = keep.to(norm.device)
@@ -93,6 +122,12 @@ class TokenView:
         return torch.cat([prompt, generated], 1)
 
     @property
+    def attended(self) -> Tensor:
+        """Which are no padding of the input, [rows, n]."""
+        prompt = self.run.attended[:, self.past : self.past + self.n_prompt]
+        return torch.nn.functional.pad(prompt, (0, self.n_generated), value=True)
+
+    @property
     def keep(self) -> Tensor:
         """What the masks of all SAEs have in common, [rows, n]: attended and no special token."""
         if self._keep is None:
@@ -106,6 +141,13 @@ class TokenView:
 
     def may_select(self, where: Where) -> bool:
         """False where no token of this pass can be meant; costs nothing."""
+        if where.positions is not None:
+            start, stop = where.positions
+            if self.past + self.ids.shape[1] <= start:  # padding only makes positions smaller
+                return False
+            behind = self.past - self.run.length
+            if stop is not None and behind >= 0 and self.run.shortest + behind >= stop:
+                return False
         if where.tokens is not None:
             return self.n_prompt > 0
         return (where.prompt and self.n_prompt > 0) or (where.generation and self.n_generated > 0)
@@ -114,13 +156,22 @@ class TokenView:
         """[rows, n] bool: the tokens that `where` names; of those that it does not name one by one, only those in `keep`,
         the mask. On the device of `keep`."""
         if where.tokens is not None:
-            prompt = self.run.token_mask(where.tokens)[:, self.past : self.past + self.n_prompt]
-            return torch.nn.functional.pad(prompt, (0, self.n_generated)).to(keep.device)
-        if where.prompt and where.generation:
-            return keep
-        selected = keep.clone()
-        if not where.prompt:
-            selected[:, : self.n_prompt] = False
-        if not where.generation:
-            selected[:, self.n_prompt :] = False
+            prompt = self.run.token_mask(where.tokens, where.rows)[:, self.past : self.past + self.n_prompt]
+            selected = torch.nn.functional.pad(prompt, (0, self.n_generated)).to(keep.device)
+        else:
+            selected = keep
+            if not (where.prompt and where.generation):
+                selected = keep.clone()
+                selected[:, slice(self.n_prompt, None) if where.prompt else slice(self.n_prompt)] = False
+            if where.rows is not None:
+                selected = selected & self.run.row_mask(where.rows).to(keep.device)[:, None]
+        if where.positions is not None:
+            start, stop = where.positions
+            index = self.index.to(keep.device)
+            selected = selected & (index >= start)
+            if stop is not None:
+                selected = selected & (index < stop)
+        if where.token_ids is not None:
+            ids = torch.tensor(where.token_ids, dtype=self.ids.dtype)
+            selected = selected & torch.isin(self.ids, ids.to(self.ids.device)).to(keep.device)
         return selected

@@ -44,7 +44,8 @@ class Report:
         notes = []
         for number, (edit, tokens, dose) in enumerate(self.edits, 1):
             if tokens == 0:
-                notes.append(f"edit {number} ({edit}) selected no token, so it did nothing. Check where=.")
+                check = "Check where=, or whether the latent is ever active." if edit.active_only else "Check where=."
+                notes.append(f"edit {number} ({edit}) selected no token, so it did nothing. {check}")
             elif dose == 0:
                 notes.append(
                     f"edit {number} ({edit}) changed nothing on the {tokens} tokens it selected: the latent already had "

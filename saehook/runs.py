@@ -67,8 +67,7 @@ class Runs:
             batch.ids.to(self.device), batch.attention_mask.to(self.device), special_ids(self.tokenizer), expansion
         )
         for edit in program.edits:
-            if edit.where.tokens is not None:
-                positions.token_mask(edit.where.tokens)  # an index that a row lacks is an error before anything runs
+            positions.check(edit.where)  # what a row lacks is an error before anything runs
         return positions
 
     def __call__(

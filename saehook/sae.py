@@ -245,6 +245,19 @@ class SAE(nn.Module):
                 )
         return maxima
 
+    def mean_act(self, latents: tuple[int, ...]) -> Tensor:
+        """Recorded means of `latents` over all tokens, [len(latents)], float32.
+
+        Raises:
+            MissingStatError: the file holds no statistics.
+        """
+        if self.stats is None:
+            raise MissingStatError(
+                "the operation 'mean' needs each latent's recorded mean, and this SAE has no statistics. Measure them with "
+                "`saehook stats SAE --text FILE`, or use 'set' with a value."
+            )
+        return self.stats.mean_act[list(latents)]
+
     def set_threshold(self, value: float | Tensor) -> None:
         """Set the inference threshold (BatchTopK, JumpReLU) to one value, or one per latent, in float32."""
         if not isinstance(self.config.activation, (BatchTopK, JumpReLU)):

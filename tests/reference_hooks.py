@@ -176,14 +176,26 @@ class Row:
 
     prompt: int
     special: Sequence[int]
+    number: int = 0
 
-    def counts(self, rule: MaskRule, position: int, token: int, x: Tensor) -> bool:
-        """Whether the token at this position is in the mask of an SAE with that rule."""
+    def counts(self, rule: MaskRule, position: int, token: int, x: Tensor, special: bool = False) -> bool:
+        """Whether the token at this position is in the mask of an SAE with that rule, or would be if special ones were."""
         largest = float("inf") if rule.max_norm_ratio is None else rule.max_norm_ratio * float(rule.median_norm or 0)
-        return token not in self.special and position >= rule.skip_first_tokens and float(x.float().norm()) <= largest
+        return (
+            (special or token not in self.special)
+            and position >= rule.skip_first_tokens
+            and float(x.float().norm()) <= largest
+        )
 
-    def selects(self, where: Any, position: int, counts: bool) -> bool:
-        """Whether `where` means the token at this position."""
+    def selects(self, where: Any, position: int, token: int, counts: bool) -> bool:
+        """Whether `where` means the token at this position; `counts`: it is in the mask."""
+        start, stop = where.positions or (0, None)
+        if position < start or (stop is not None and position >= stop):
+            return False
+        if where.rows is not None and self.number not in where.rows:
+            return False
+        if where.token_ids is not None and token not in where.token_ids:
+            return False
         if where.tokens is not None:
             return position < self.prompt and any(position == t % self.prompt for t in where.tokens)
         if not counts:
@@ -198,26 +210,45 @@ def edited_token(x: Tensor, sae: SAE, program: Program, active: Sequence[Any], o
     if not active and not spliced:
         return x
     z = encode(sae, x)
-    new = z.clone()
+    new, acted = z.clone(), False
     norm = float(x.float().norm())
     _, _, sigma = _normalised(sae, x.float())
     for edit in active:
-        for latent in edit.latents:
+        for latent in edit.latents if edit.op != "keep_only" else range(sae.d_sae):
+            old = float(new[latent])
+            if (edit.active_only and old <= 0) or (edit.op == "keep_only" and latent in edit.latents):
+                continue
             value = edit.value or 0.0
             if edit.unit == "max":
                 assert sae.stats is not None
                 value *= float(sae.stats.max_act[latent])
             elif edit.unit == "norm":
                 value *= norm / sigma / float(sae.W_dec[latent].float().norm())
-            old = float(new[latent])
-            new[latent] = {"set": value, "add": old + value, "scale": value * old, "ablate": 0.0}[edit.op]
+            elif edit.op == "mean":
+                assert sae.stats is not None
+                value = float(sae.stats.mean_act[latent])
+            outcomes = {"set": value, "add": old + value, "scale": value * old, "min": max(old, value), "mean": value}
+            new[latent] = (outcomes | {"max": min(old, value)}).get(edit.op, 0.0)
+            acted = True
+        acted = acted or edit.op == "keep_only"
+    if not acted and not spliced:
+        return x
     if spliced or program.error == "drop" or program.splice:
-        return decode(sae, new, x).to(x.dtype)
+        return in_norm(program.norm, x.float(), decode(sae, new, x)).to(x.dtype)
     delta = torch.zeros(x.shape[-1])
     for latent in range(sae.d_sae):
         if new[latent] != z[latent]:
             delta = delta + (new[latent] - z[latent]) * sae.W_dec[latent].float()
-    return (x.float() + sigma * delta).to(x.dtype)
+    return in_norm(program.norm, x.float(), x.float() + sigma * delta).to(x.dtype)
+
+
+def in_norm(rule: Any, x: Tensor, new: Tensor) -> Tensor:
+    """x' of one token as `Program.norm` leaves it."""
+    if rule == "preserve":
+        return new * (float(x.norm()) / (float(new.norm()) or 1.0))
+    if rule is not None and float((new - x).norm()) > rule.limit * float(x.norm()):
+        return x + (new - x) / (new - x).norm() * rule.limit * x.norm()
+    return new
 
 
 def program_write(program: Program, edits: Sequence[Any], sae: SAE, row: Row, ids: Sequence[int]) -> Write:
@@ -226,9 +257,9 @@ def program_write(program: Program, edits: Sequence[Any], sae: SAE, row: Row, id
     def write(x: Tensor) -> Tensor:
         tokens = []
         for position, token in enumerate(ids):
-            counts = row.counts(sae.mask_rule, position, token, x[0, position])
-            active = [edit for edit in edits if row.selects(edit.where, position, counts)]
-            tokens.append(edited_token(x[0, position], sae, program, active, counts))
+            counts = {s: row.counts(sae.mask_rule, position, token, x[0, position], s) for s in (False, True)}
+            active = [edit for edit in edits if row.selects(edit.where, position, token, counts[edit.where.special])]
+            tokens.append(edited_token(x[0, position], sae, program, active, counts[False]))
         return torch.stack(tokens)[None]
 
     return write
@@ -236,10 +267,17 @@ def program_write(program: Program, edits: Sequence[Any], sae: SAE, row: Row, id
 
 @torch.no_grad()
 def logits(
-    lm: Any, ids: Sequence[int], program: Program, saes: Mapping[str, SAE], *, special: Sequence[int], prompt: int
+    lm: Any,
+    ids: Sequence[int],
+    program: Program,
+    saes: Mapping[str, SAE],
+    *,
+    special: Sequence[int],
+    prompt: int,
+    number: int = 0,
 ) -> Tensor:
-    """Logits [len(ids), vocab] of one row under the program, uncached."""
-    row = Row(prompt, special)
+    """Logits [len(ids), vocab] of one row, the one of that number in its batch, under the program, uncached."""
+    row = Row(prompt, special, number)
     with contextlib.ExitStack() as stack:
         for site, sae in saes.items():
             edits = [edit for edit in program.edits if edit.site in (site, None)]
@@ -257,12 +295,13 @@ def generate(
     special: Sequence[int],
     new: int,
     eos: int | None = None,
+    number: int = 0,
 ) -> tuple[list[int], float]:
     """(new ids, smallest margin between the best and the second best logit) of greedy decoding, the whole row again at
     every step."""
     row, smallest = list(ids), float("inf")
     for _ in range(new):
-        best = logits(lm, row, program, saes, special=special, prompt=len(ids))[-1].topk(2)
+        best = logits(lm, row, program, saes, special=special, prompt=len(ids), number=number)[-1].topk(2)
         smallest = min(smallest, float(best.values[0] - best.values[1]))
         row.append(int(best.indices[0]))
         if row[-1] == eos:

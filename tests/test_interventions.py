@@ -18,18 +18,28 @@ from saehook.errors import ArgumentError, FormatError, LatentError
 from saehook.interventions import (
     ERRORS,
     EVERYWHERE,
+    NO_ACTIVE_ONLY,
+    NO_UNIT,
+    NO_VALUE,
     OPS,
     UNITS,
+    Cap,
     Edit,
     Program,
     Where,
     ablate,
+    at_least,
+    at_most,
     clamp,
     generation,
+    keep_only,
+    positions,
     prompt,
     scale,
     set_,
     steer,
+    to_mean,
+    token_ids,
     tokens,
 )
 
@@ -47,6 +57,13 @@ def test_the_functions_make_the_edits_that_they_name():
     assert scale(range(3), 0.0) == Edit(op="scale", latents=(0, 1, 2), value=0.0)
     assert ablate((7,)) == Edit(op="ablate", latents=(7,))
     assert steer(3, 1.0, where=None).where == EVERYWHERE
+    assert at_least(3, 2, unit="max") == Edit(op="min", latents=(3,), value=2.0, unit="max")
+    assert at_most(3, 2, active_only=True) == Edit(op="max", latents=(3,), value=2.0, active_only=True)
+    assert to_mean((3, 4), where=prompt()) == Edit(op="mean", latents=(3, 4), where=prompt())
+    assert keep_only((3, 4)) == Edit(op="keep_only", latents=(3, 4))
+    for make in (steer, clamp, scale, at_least, at_most):
+        assert make(3, 1.0, active_only=True).active_only
+    assert to_mean(3, active_only=True).active_only
 
 
 def test_set_is_clamp():
@@ -106,6 +123,13 @@ def test_numbers_of_other_libraries_are_latents_too():
         ({"op": "scale", "unit": "max"}, ArgumentError, "'scale' has no unit, but unit='max'"),
         ({"op": "ablate", "value": None, "unit": "norm"}, ArgumentError, "'ablate' has no unit"),
         ({"op": "ablate", "value": 0.0}, ArgumentError, "'ablate' takes no value, but 0.0"),
+        ({"op": "mean", "value": 0.0}, ArgumentError, "'mean' takes no value"),
+        ({"op": "keep_only", "value": 0.0}, ArgumentError, "'keep_only' takes no value"),
+        ({"op": "mean", "value": None, "unit": "max"}, ArgumentError, "'mean' has no unit"),
+        ({"op": "min", "value": None}, ArgumentError, "None; a finite number"),
+        ({"op": "ablate", "value": None, "active_only": True}, ArgumentError, "'ablate' does the same"),
+        ({"op": "keep_only", "value": None, "active_only": True}, ArgumentError, "'keep_only' does the same"),
+        ({"active_only": 1}, ArgumentError, "active_only=1"),
         ({"where": None}, ArgumentError, "where=None is no Where"),
         ({"where": "prompt"}, ArgumentError, "where='prompt'"),
         ({"where": prompt}, ArgumentError, "is no Where"),
@@ -138,6 +162,14 @@ def test_where_objects():
         "generation",
         "tokens 0, -1",
     ]
+    assert positions(3, 8) == Where(positions=(3, 8))
+    assert positions(3).positions == (3, None)
+    assert token_ids(7, 9).token_ids == (7, 9)
+    several = Where(generation=False, positions=[0, 3], token_ids=[5], rows=[1, 2], special=True)  # type: ignore[arg-type]
+    assert str(several) == "prompt, positions from 0 to before 3, ids 5, rows 1, 2, special ones included"
+    assert str(positions(3)) == "positions from 3"
+    assert str(Where(special=True)) == "every token, special ones included"
+    assert hash(several) == hash(dataclasses.replace(several))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +187,18 @@ def test_where_objects():
         (lambda: Where(prompt="yes"), "prompt='yes'|prompt is 'yes'"),  # type: ignore[arg-type]
         (lambda: Where(generation=1), "generation=1|generation is 1"),  # type: ignore[arg-type]
         (lambda: Where(prompt=False, tokens=(0,)), "alone"),
+        (lambda: Where(special=None), "special=None"),  # type: ignore[arg-type]
+        (lambda: positions(-1, 3), "hold no token"),
+        (lambda: positions(3, 3), "hold no token"),
+        (lambda: positions(1.5), "1.5 among the positions"),  # type: ignore[arg-type]
+        (lambda: positions(None), "None among the positions"),  # type: ignore[arg-type]
+        (lambda: Where(positions=3), "start, stop"),  # type: ignore[arg-type]
+        (lambda: Where(positions=(1, 2, 3)), "start, stop"),  # type: ignore[arg-type]
+        (lambda: token_ids(), "token_ids=\\(\\)"),
+        (lambda: token_ids(-1), "token_ids=\\(-1,\\)"),
+        (lambda: Where(rows=()), "rows=\\(\\)"),
+        (lambda: Where(rows=(0, -2)), "rows=\\(0, -2\\)"),
+        (lambda: Where(rows=("a",)), "'a' among the rows"),  # type: ignore[arg-type]
     ],
 )
 def test_a_where_that_cannot_be_meant(make, match):
@@ -175,6 +219,16 @@ def test_programs():
     assert not Program(error="keep").drops_error
 
 
+def test_the_norm_of_a_program():
+    assert Program(norm={"cap": 1}).norm == Cap(1.0)
+    assert len({Program(norm={"cap": 0.5}), Program(norm=Cap(0.5)), Program(norm="preserve"), Program()}) == 3
+    assert Program.of(Program(norm="preserve"), error="drop") == Program(norm="preserve", error="drop")
+    for norm in ("preserve", {"cap": 0.5}):
+        program = Program(norm=norm)
+        assert json.loads(program.to_json())["norm"] == norm
+        assert Program.from_json(program.to_json()) == program
+
+
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
@@ -184,6 +238,13 @@ def test_programs():
         ({"error": False}, "False"),
         ({"splice": True, "error": "keep"}, "splice=True .* error='keep'"),
         ({"splice": "yes"}, "splice"),
+        ({"norm": "keep"}, "norm='keep' is unknown; expected 'preserve'"),
+        ({"norm": 0.5}, "norm=0.5"),
+        ({"norm": {"cap": 1.0, "floor": 0.0}}, "floor"),
+        ({"norm": {"cap": 0.0}}, "0.0; a finite number above 0"),
+        ({"norm": {"cap": float("nan")}}, "nan"),
+        ({"norm": {"cap": 10**400}}, "finite number"),
+        ({"norm": {"cap": True}}, "True"),
     ],
 )
 def test_a_program_that_cannot_be_meant(fields, match):
@@ -193,15 +254,24 @@ def test_a_program_that_cannot_be_meant(fields, match):
 
 def test_edits_read_as_a_sentence():
     assert str(steer(3, 0.5, unit="max", where=prompt())) == "add 3 0.5 max (prompt)"
+    assert str(at_least(3, 2, active_only=True)) == "min 3 2 where active (every token)"
     assert str(ablate((3, 4), site="layers.1.mlp_out")) == "ablate 3, 4 at layers.1.mlp_out (every token)"
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
-wheres = st.one_of(
-    st.sampled_from([EVERYWHERE, prompt(), generation()]),
-    st.lists(st.integers(-9, 9), min_size=1, max_size=4).map(lambda t: Where(tokens=tuple(t))),
+numbers = st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple)
+wheres = st.builds(
+    lambda base, **more: dataclasses.replace(base, **more),
+    st.one_of(
+        st.sampled_from([EVERYWHERE, prompt(), generation()]),
+        st.lists(st.integers(-9, 9), min_size=1, max_size=4).map(lambda t: Where(tokens=tuple(t))),
+    ),
+    positions=st.none() | st.integers(0, 9).flatmap(lambda n: st.sampled_from([(n, None), (n, n + 1), (n, n + 7)])),
+    token_ids=st.none() | numbers,
+    rows=st.none() | numbers,
+    special=st.booleans(),
 )
 
 
@@ -211,8 +281,9 @@ def edits(draw: st.DrawFn) -> Edit:
     return Edit(
         op=op,
         latents=tuple(draw(st.lists(st.integers(0, 2**40), min_size=1, max_size=4, unique=True))),
-        value=None if op == "ablate" else draw(finite),
-        unit=draw(st.sampled_from(UNITS)) if op in {"set", "add"} else "raw",
+        value=None if op in NO_VALUE else draw(finite),
+        unit="raw" if op in NO_UNIT else draw(st.sampled_from(UNITS)),
+        active_only=op not in NO_ACTIVE_ONLY and draw(st.booleans()),
         site=draw(st.none() | st.text(max_size=20)),
         where=draw(wheres),
     )
@@ -222,7 +293,8 @@ def edits(draw: st.DrawFn) -> Edit:
 def programs(draw: st.DrawFn) -> Program:
     splice = draw(st.booleans())
     error = draw(st.sampled_from([None, *ERRORS]).filter(lambda e: not (splice and e == "keep")))
-    return Program(edits=tuple(draw(st.lists(edits(), max_size=4))), splice=splice, error=error)
+    norm = draw(st.sampled_from([None, "preserve", Cap(0.25)]))
+    return Program(edits=tuple(draw(st.lists(edits(), max_size=4))), splice=splice, error=error, norm=norm)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -237,7 +309,13 @@ def test_json_gives_the_program_back(program):
 
 def test_the_json_form():
     program = Program(
-        edits=(steer(3, 1.5, unit="max", where=tokens(0, -1)), ablate((4, 5), site="layers.1.mlp_out", where=prompt()))
+        edits=(
+            steer(3, 1.5, unit="max", where=tokens(0, -1)),
+            ablate((4, 5), site="layers.1.mlp_out", where=prompt()),
+            at_least(6, 2, active_only=True, where=Where(positions=(3, None), rows=(1,), special=True)),
+            keep_only(7, where=Where(prompt=False, token_ids=(11, 12))),
+        ),
+        norm={"cap": 0.5},
     )
     assert json.loads(program.to_json()) == {
         "schema": 1,
@@ -249,10 +327,25 @@ def test_the_json_form():
                 "site": "layers.1.mlp_out",
                 "where": {"prompt": True, "generation": False},
             },
+            {
+                "op": "min",
+                "latents": [6],
+                "value": 2.0,
+                "unit": "raw",
+                "active_only": True,
+                "where": {"positions": [3, None], "rows": [1], "special": True},
+            },
+            {
+                "op": "keep_only",
+                "latents": [7],
+                "where": {"prompt": False, "generation": True, "token_ids": [11, 12]},
+            },
         ],
         "splice": False,
         "error": None,
+        "norm": {"cap": 0.5},
     }
+    assert "norm" not in json.loads(Program(edits=(steer(3, 1.0),)).to_json())
     assert Program.from_json('{"schema": 1, "edits": []}') == Program()
 
 
@@ -262,8 +355,10 @@ BASE: dict[str, Any] = json.loads(
             steer((3, 4), 1.5, unit="max", where=tokens(0, -1)),
             ablate(5, site="layers.1.mlp_out", where=generation()),
             scale(6, 0.5),
+            at_most(7, 0.5, active_only=True, where=Where(positions=(1, 4), token_ids=(5,), rows=(0,), special=True)),
         ),
         error="drop",
+        norm={"cap": 0.5},
     ).to_json()
 )
 
@@ -302,7 +397,16 @@ def changed(path: list[str | int], value: Any) -> str:
         (["edits", 1, "site"], 3, r"edits\[1\]\.site is 3"),
         (["edits", 0, "where"], {"tokens": [0], "prompt": True}, r"edits\[0\]\.where names tokens and more"),
         (["edits", 0, "where"], {"tokens": []}, r"edits\[0\].*names no token"),
-        (["edits", 0, "where"], {"rows": [0]}, r"edits\[0\]\.where has unknown fields"),
+        (["edits", 0, "where"], {"roles": [0]}, r"edits\[0\]\.where has unknown fields"),
+        (["edits", 3, "where", "rows"], [-1], r"edits\[3\].*rows"),
+        (["edits", 3, "where", "rows"], 0, r"edits\[3\].*rows are 0"),
+        (["edits", 3, "where", "positions"], [4, 1], r"edits\[3\].*positions=\[4, 1\]"),
+        (["edits", 3, "where", "token_ids"], [], r"edits\[3\].*token_ids"),
+        (["edits", 3, "where", "special"], 1, r"edits\[3\]\.where\.special is 1"),
+        (["edits", 3, "active_only"], "yes", r"edits\[3\].*active_only='yes'"),
+        (["edits", 1, "active_only"], True, r"edits\[1\].*'ablate' does the same"),
+        (["norm"], "keep", "program: norm='keep'"),
+        (["norm"], {"cap": -1}, "program: .*-1"),
         (["edits", 0, "where"], {"prompt": "yes"}, r"edits\[0\]\.where\.prompt is 'yes'"),
         (["edits", 0, "where"], {"prompt": False, "generation": False}, r"edits\[0\].*touches nothing"),
         (["edits", 0, "where"], None, r"edits\[0\]\.where is None"),
@@ -375,8 +479,8 @@ def mutate(data: Any, rng: random.Random) -> None:
             case 1:
                 del data[key]
             case 2 if isinstance(data, dict):
-                data[rng.choice(["op", "value", "unit", "site", "where", "extra", "tokens"])] = copy.deepcopy(
-                    rng.choice(JUNK)
+                data[rng.choice(["op", "value", "unit", "site", "where", "extra", "tokens", "rows", "norm"])] = (
+                    copy.deepcopy(rng.choice(JUNK))
                 )
             case _ if isinstance(data, list):
                 data.append(copy.deepcopy(rng.choice(JUNK)))

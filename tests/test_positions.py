@@ -8,13 +8,27 @@ from builders import BOS, EOS, PAD, SPECIAL
 
 from saehook.config import MaskRule
 from saehook.errors import ArgumentError
-from saehook.interventions import EVERYWHERE, Where, generation, prompt, tokens
+from saehook.interventions import EVERYWHERE, Where, generation, prompt, token_ids, tokens
+from saehook.interventions import positions as from_to
 from saehook.positions import Positions, TokenView
 
 IDS = torch.tensor([[BOS, 11, 12, EOS, 13], [PAD, PAD, BOS, 21, 22]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
 RULE = MaskRule(skip_first_tokens=2, max_norm_ratio=2.0, median_norm=2.0)
-WHERE = [EVERYWHERE, prompt(), generation(), tokens(0), tokens(-1, 1)]
+WHERE = [
+    EVERYWHERE,
+    prompt(),
+    generation(),
+    tokens(0),
+    tokens(-1, 1),
+    from_to(1, 4),
+    from_to(4),
+    token_ids(11, 32, 33),
+    Where(rows=(1,)),
+    Where(special=True),
+    Where(generation=False, positions=(0, 2), rows=(0,), special=True),
+    Where(tokens=(0, -1), positions=(1, None), rows=(1,)),
+]
 
 
 def positions(expansion: int = 1) -> Positions:
@@ -113,15 +127,51 @@ def test_however_the_row_is_cut_into_passes_the_same_tokens_are_meant(where, cut
     ids = torch.cat([IDS, torch.tensor([[31, EOS, 32], [33, 34, 35]])], 1)[:, : cuts[-1]]
     run = positions()
     view = run.view(0, ids)
-    whole = view.select(where, view.mask(rule, norms[:, : cuts[-1]]))
+    whole = view.select(where, view.mask(rule, norms[:, : cuts[-1]], special=where.special))
     parts, past = [], 0
     for end in cuts:
         view = run.view(past, ids[:, past:end])
-        part = view.select(where, view.mask(rule, norms[:, past:end]))
+        part = view.select(where, view.mask(rule, norms[:, past:end], special=where.special))
         assert view.may_select(where) or not part.any()
         parts.append(part)
         past = end
     assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_positions_are_counted_among_the_rows_own_tokens():
+    view = positions().view(0, torch.cat([IDS, torch.tensor([[31, 32, 33], [34, 35, 36]])], 1))
+    assert selected(view, from_to(0, 3)) == [[1, 2], [3, 4]], "BOS is outside the mask"
+    assert selected(view, from_to(2, 6)) == [[2, 4, 5], [4, 5, 6, 7]]
+    assert selected(view, from_to(5)) == [[5, 6, 7], [7]]
+    assert selected(view, Where(prompt=False, positions=(3, 5))) == [[], [5, 6]]
+    assert selected(view, from_to(99)) == [[], []]
+
+
+def test_positions_that_no_row_reaches_or_all_have_left_cost_nothing():
+    run = positions()
+    assert not run.view(0, IDS).may_select(from_to(5))
+    assert run.view(0, IDS).may_select(from_to(4))
+    assert run.view(0, IDS).may_select(from_to(0, 1))
+    step = torch.tensor([[31], [32]])
+    assert run.view(6, step).may_select(from_to(0, 5)), "the second row is at its token 4"
+    assert not run.view(6, step).may_select(from_to(0, 4))
+
+
+def test_the_mask_with_special_tokens_has_no_padding():
+    view = positions().view(0, torch.cat([IDS, torch.tensor([[31, EOS], [32, 33]])], 1))
+    ones = torch.ones(2, 7)
+    assert view.mask(MaskRule(), ones, special=True).tolist() == [[True] * 7, [False] * 2 + [True] * 5]
+    assert view.mask(MaskRule(), ones).sum(1).tolist() == [4, 4]
+    assert view.mask(MaskRule(skip_first_tokens=1), ones, special=True).sum(1).tolist() == [6, 4]
+
+
+def test_rows_are_checked_before_anything_runs():
+    positions(3).check(Where(rows=(0, 1)))
+    with pytest.raises(ArgumentError, match=r"row 2 is outside the 2 rows of the input: expected 0\.\.1"):
+        positions(3).check(Where(rows=(0, 2)))
+    positions().check(Where(tokens=(4,), rows=(0,)))
+    with pytest.raises(ArgumentError, match="token 4 is outside the 3 tokens of row 1"):
+        positions(3).check(Where(tokens=(4,)))
 
 
 def test_selecting_changes_no_mask():

@@ -58,8 +58,7 @@ def stream_program(
 ) -> Generator[Streamed, None, None]:
     """`stream` under a program, within the page's time."""
     return stream(
-        hooked, list(ids), edits=program.edits, splice=program.splice, error=program.error, max_time=limits.seconds,
-        **sampling.arguments(),
+        hooked, list(ids), edits=program, max_time=limits.seconds, **sampling.arguments(),
     )  # fmt: skip
 
 
