@@ -59,21 +59,29 @@ def test_eval_prints_a_table_and_writes_json(own, tmp_path, capsys):
 def test_generate_equals_python_and_takes_a_program(own, tmp_path, capsys):
     program = tmp_path / "program.json"
     edits = [steer(5, 30.0), saehook.clamp(7, 10.0, where=saehook.prompt())]
-    program.write_text(Program(edits=edits).to_json())
+    program.write_text(Program(edits=edits, norm={"cap": 0.5}).to_json())
     base = f"generate --lm {own['lm']} --sae {own['sae']} --max-new-tokens 12"
     assert main([*base.split(), "the cat", "--edits", str(program), "--json", str(tmp_path / "g.json")]) == 0
     from_file = json.loads((tmp_path / "g.json").read_text())
     model = saehook.HookedModel.from_pretrained(own["lm"])
     hooked = model.attach(saehook.load_sae(own["sae"]))
-    expected = hooked.generate("the cat", edits=edits, max_new_tokens=12)
+    expected = hooked.generate("the cat", edits=Program(edits=edits, norm={"cap": 0.5}), max_new_tokens=12)
     assert from_file["new_ids"] == expected.new_ids.tolist()
     assert from_file["edits"][0]["tokens"] == expected.report.edits[0].tokens
+    assert from_file["edits"][0]["dose"] > 0.5 >= from_file["sites"][0]["dose"] - 1e-5
     capsys.readouterr()
     options = ["the cat", "--steer", "5=30", "--json", str(tmp_path / "o.json")]
     assert main([*base.split(), *options]) == 0
     alone = hooked.generate("the cat", edits=[steer(5, 30.0)], max_new_tokens=12)
     assert json.loads((tmp_path / "o.json").read_text())["new_ids"] == alone.new_ids.tolist()
     assert "‖Δ‖/‖x‖" in capsys.readouterr().err
+    more = ["--at-least", "5=2max", "--at-most", "7=0.1", "--to-mean", "9", "--json", str(tmp_path / "m.json")]
+    assert main([*base.split(), "the cat", *more]) == 0
+    assert [row["edit"] for row in json.loads((tmp_path / "m.json").read_text())["edits"]] == [
+        "min 5 2 max (every token)",
+        "max 7 0.1 (every token)",
+        "mean 9 (every token)",
+    ]
 
 
 def test_an_edit_without_effect_is_noted(own, capsys):
