@@ -370,14 +370,13 @@ def test_client_reads(client):
 
 
 def test_client_generates(client):
-    edits = Program(edits=(steer(3, 4.0, site=SITES[0]),), error="drop")
+    edits = Program(edits=(steer(3, 4.0, site=SITES[0]),), error="drop", norm="preserve")
     job = client.submit(PROMPT, edits.to_json(), 30, True, 0.9, 4, api_name="/generate")
     final = job.result()
-    expected = tiny().generate(
-        PROMPT, edits=edits.edits, error="drop", max_new_tokens=30, do_sample=True, temperature=0.9, seed=4
-    )
+    expected = tiny().generate(PROMPT, edits=edits, max_new_tokens=30, do_sample=True, temperature=0.9, seed=4)
     assert final["text"] == expected.text
     assert final["tokens"] == 30
+    assert final["report"]["sites"][0]["dose"] == expected.report.sites[0].dose
     assert final["report"]["edits"] == [
         {"edit": str(edits.edits[0]), "tokens": expected.report.edits[0].tokens, "dose": expected.report.edits[0].dose}
     ]
