@@ -63,8 +63,8 @@ def training() -> str:
         lines.append(f"| {r['what']} | {r['fired_per_token']:,.0f} | {ratio:.2f} | {memory:.2f} |")
     r = rows[0]
     lines.append(
-        f"\nWhole steps of the trainer, {r['d_in']} → {r['d_sae']:,}, {r['batch']:,} tokens, against the one product that none can do "
-        f"without; memory above model, gradients and optimiser. {r['threads']} CPU threads, torch {r['torch']}; medians of one "
+        f"\nWhole steps of the trainer, {r['d_in']} → {r['d_sae']:,}, {r['batch']:,} tokens, against the one product that none can "
+        f"do without; memory above model, gradients and optimiser. {r['threads']} CPU threads, torch {r['torch']}; medians of one "
         "interleaved run of `python tests/bench/bench_train_step.py`."
     )
     return "\n".join(lines)
