@@ -55,15 +55,15 @@ def training() -> str:
     file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("train_step_*.json"))[-1]
     rows = json.loads(file.read_text())
     lines = [
-        "| method | latents that fire per token | a step, × the encoder's product | memory, × the pre-activations |",
-        "|---|---|---|---|",
+        "| method | tokens a step | latents that fire per token | a step, × the encoder's product | memory, × the pre-activations |",
+        "|---|---|---|---|---|",
     ]
     for r in rows:
         ratio, memory = r["ratio_to_encoder_product"], r["memory_over_pre_activations"]
-        lines.append(f"| {r['what']} | {r['fired_per_token']:,.0f} | {ratio:.2f} | {memory:.2f} |")
+        lines.append(f"| {r['what']} | {r['batch']:,} | {r['fired_per_token']:,.0f} | {ratio:.2f} | {memory:.2f} |")
     r = rows[0]
     lines.append(
-        f"\nWhole steps of the trainer, {r['d_in']} → {r['d_sae']:,}, {r['batch']:,} tokens, against the one product that none can "
+        f"\nWhole steps of the trainer, {r['d_in']} → {r['d_sae']:,}, against the one product that none can "
         f"do without; memory above model, gradients and optimiser. {r['threads']} CPU threads, torch {r['torch']}; medians of one "
         "interleaved run of `python tests/bench/bench_train_step.py`."
     )
