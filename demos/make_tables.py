@@ -55,7 +55,7 @@ def training() -> str:
     file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("train_step_*.json"))[-1]
     rows = json.loads(file.read_text())
     lines = [
-        "| method | tokens a step | latents that fire per token | a step, × the encoder's product | memory, × the pre-activations |",
+        "| method | tokens a step | latents that fire | a step, × the encoder's product | memory, × the pre-activations |",
         "|---|---|---|---|---|",
     ]
     for r in rows:
