@@ -393,9 +393,13 @@ def train(arguments: argparse.Namespace) -> None:
         raise ArgumentError(f"dtype {dtype!r} is unknown; float32 or bfloat16 is expected.")
     model = _load_lm(argparse.Namespace(lm=settings.get("lm")))
     half = max(0, model.lm.config.get_text_config().num_hidden_layers // 2 - 1)
-    settings_of_init = _settings_of(load_sae(settings["init"])) if isinstance(settings.get("init"), str) else {}
+    if arguments.resume is None and isinstance(settings.get("init"), str):
+        settings = {
+            **_settings_of(load_sae(settings["init"])),
+            **settings,
+        }  # kept, so that --resume needs no such folder
     configs = expand(
-        {"site": f"layers.{half}.resid_post", "tokens": TRAIN_TOKENS, **settings_of_init, **settings},
+        {"site": f"layers.{half}.resid_post", "tokens": TRAIN_TOKENS, **settings},
         lambda pattern: [site.name for site in model.sites(pattern)],
         lambda site: model.width(model.sites(site)[0]),
     )

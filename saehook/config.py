@@ -108,7 +108,7 @@ class SAEConfig:
     d_out: int | None = None
     """Transcoder: width of the site that is reconstructed from the other. None: an SAE, which reconstructs its input."""
     skip: bool = False
-    """Transcoder: whether an affine map of the input is added to the reconstruction (Paulo et al. 2025)."""
+    """Transcoder: whether a linear map of the input is added to the reconstruction (Paulo et al. 2025)."""
 
     def __post_init__(self) -> None:
         _positive(self, "d_in", "d_sae")
@@ -160,8 +160,8 @@ def activation_from_dict(data: dict[str, Any]) -> Activation:
 
 MAX_NORM_RATIO = 10.0
 """What training leaves out by default: tokens with more than ten times the median norm, as `dictionary_learning` does for
-Qwen. Attention sinks have 30 to 100 times the median and more, whatever the token and its place, and would decide the input
-scale, b_dec and the FVU; ordinary tokens stay below 10 (the bundled model: below 2.3 in the residual stream, 9.8 at an MLP)."""
+Qwen. Attention sinks have many times that, whatever the token and its place, and would decide the input scale, b_dec and the
+FVU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,6 +405,10 @@ class TrainConfig:
             raise ArgumentError(f"{self.activation} keeps more latents than d_sae = {self.d_sae}.")
         if self.skip and self.site_out is None:
             raise ArgumentError("skip is for a transcoder. Give site_out, the site whose activations it reconstructs.")
+        if self.kl_tokens > self.tokens:
+            raise ArgumentError(
+                f"kl_tokens = {self.kl_tokens:,} are the last of tokens = {self.tokens:,}, so at most as many."
+            )
         if self.site_out == self.site:
             raise ArgumentError(f"site_out is {self.site_out}, as site is; leave it out to train an SAE.")
         self._check_method()

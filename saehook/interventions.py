@@ -230,7 +230,9 @@ class Program:
         object.__setattr__(self, "edits", tuple(self.edits))
         for edit in self.edits:
             if not isinstance(edit, Edit):
-                raise ArgumentError(f"{edit!r} is no edit; expected steer(...), clamp(...), scale(...) or ablate(...).")
+                raise ArgumentError(
+                    f"{edit!r} is no edit; expected an Edit such as steer(...), clamp(...) or ablate(...)."
+                )
         if self.error is not None and self.error not in ERRORS:
             raise ArgumentError(f"error={self.error!r} is unknown; expected 'keep' or 'drop'.")
         object.__setattr__(self, "norm", _norm(self.norm))

@@ -342,6 +342,7 @@ def resolved_settings(config: TrainConfig, k_aux: int) -> dict[str, Any]:
     """All settings of a run as JSON-able data, defaults resolved."""
     return {
         **dataclasses.asdict(config),
+        "init": None if config.init is None else Path(config.init).name,  # nothing of the machine's paths
         "activation": method_to_dict(config.activation),
         "batch_tokens": config.resolved_batch_tokens,
         "lr": config.resolved_lr,
@@ -389,7 +390,8 @@ class Trainer:
         [n, d_in], or plain tensors where all configs share one site. It should go on for `calibration_tokens` beyond
         the training tokens. `d_in` is the width, of all sites or by site. `log_dir` gets `metrics.jsonl`,
         `checkpoint_dir` a checkpoint every `checkpoint_seconds` and when the run is stopped. `log` names further logs to
-        write, "tensorboard" and "wandb" (`loggers`), which need `log_dir`, too.
+        write, "tensorboard" and "wandb" (`loggers`), which need `log_dir`, too. `kl_batches` gives the last batches, those
+        of `kl_tokens`.
 
         Raises:
             ArgumentError: no config, different batch sizes, a site without width, or a logger that is not installed.
@@ -572,13 +574,13 @@ class Trainer:
             raise ArgumentError("there is nothing to resume from. Give the trainer the checkpoint_dir of the run.")
         tensors, data, folder = load_state(self.checkpoint_dir)
         recorded = data["configs"]
-        known = set(data["scales"])
-        if len(recorded) == len(self.configs) and known == set(self.d_in):
-            facts = (
-                tensors[f"facts.{name}.{site}"].to(self.device) for site in known for name in ("center", "variance")
-            )
+        if len(recorded) == len(self.configs) and data["scales"].keys() == self.d_in.keys():
+            on_device = {name: x.to(self.device) for name, x in tensors.items() if name.startswith("facts.")}
             self.runs = self._make_runs(
-                {site: InputFacts(data["scales"][site], next(facts), next(facts)) for site in known}
+                {
+                    site: InputFacts(scale, on_device[f"facts.center.{site}"], on_device[f"facts.variance.{site}"])
+                    for site, scale in data["scales"].items()
+                }
             )
         settings = [resolved_settings(run.config, run.k_aux) for run in self.runs]
         if json.loads(json.dumps(settings)) != recorded:

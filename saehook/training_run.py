@@ -126,7 +126,7 @@ def train_saes(
         "tokenizer_sha256": tokenizer_sha256(model.tokenizer),
     }
     if cache is None:
-        sample, chunks = (activations_of(model, list(widths), t, skip_first_tokens) for t in (from_the_start(), text))
+        opening, chunks = (activations_of(model, list(widths), t, skip_first_tokens) for t in (from_the_start(), text))
     else:
         common: dict[str, Any] = {
             "lm": model.name,
@@ -140,8 +140,8 @@ def train_saes(
         }
         cached = ActivationCache(cache, {site: cache_key(site=site, **common) for site in widths})
         make = lm_pass(model, list(widths), from_the_start, skip_first_tokens)
-        sample, chunks = (cached.chunks(make, device=model.device) for _ in range(2))
-    rules = mask_rules(sample, max_norm_ratio, skip_first_tokens) if max_norm_ratio else dict.fromkeys(widths, base)
+        opening, chunks = (cached.chunks(make, device=model.device) for _ in range(2))
+    rules = mask_rules(opening, max_norm_ratio, skip_first_tokens) if max_norm_ratio else dict.fromkeys(widths, base)
     batches = Shuffled(
         without_outliers(chunks, rules),
         buffer_tokens=max(config.resolved_buffer_tokens for config in configs),

@@ -137,6 +137,8 @@ def test_impossible_transcoders(changes, match):
 
 
 def test_impossible_training():
+    with pytest.raises(ArgumentError, match="at most as many"):
+        config(TopK(k=4), kl_tokens=20_000)
     with pytest.raises(ArgumentError, match="Give site_out"):
         config(TopK(k=4), site_out=None, skip=True)
     with pytest.raises(ArgumentError, match="leave it out"):
@@ -318,3 +320,14 @@ def test_a_transcoder_that_does_not_fit(models_by_name):
     with pytest.raises(SiteError, match="only after the site it writes"):
         backwards(random_ids(5), splice=True)
     backwards.detach()
+
+
+def test_a_file_names_where_it_started_without_the_path_of_the_machine(tmp_path):
+    def trained(**changes: Any) -> SAE:
+        one = config(TopK(k=3), site_out=None, tokens=512, calibration_tokens=100, **changes)
+        return Trainer([one], planted(1000)[0].split(100), d_in=D_IN, progress=False).fit()[0]
+
+    save_sae(trained(), tmp_path / "first")
+    metadata = trained(init=str(tmp_path / "first")).metadata
+    assert metadata["training"]["init"] == "first"
+    assert str(tmp_path) not in str(metadata)
