@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from saehook.bundle import bundled as bundled
     from saehook.checkpoint import load_sae as load_sae
     from saehook.checkpoint import save_sae as save_sae
+    from saehook.conditions import latent as latent
     from saehook.config import BatchTopK as BatchTopK
     from saehook.config import JumpReLU as JumpReLU
     from saehook.config import ReLU as ReLU
@@ -23,16 +24,32 @@ if TYPE_CHECKING:
     from saehook.hooked_model import HookedModel as HookedModel
     from saehook.interventions import Edit as Edit
     from saehook.interventions import Program as Program
+    from saehook.interventions import VectorEdit as VectorEdit
     from saehook.interventions import ablate as ablate
+    from saehook.interventions import add_vector as add_vector
+    from saehook.interventions import at_least as at_least
+    from saehook.interventions import at_most as at_most
+    from saehook.interventions import cap_along as cap_along
     from saehook.interventions import clamp as clamp
-    from saehook.interventions import generation as generation
-    from saehook.interventions import prompt as prompt
+    from saehook.interventions import keep_only as keep_only
+    from saehook.interventions import project_out as project_out
+    from saehook.interventions import resample as resample
     from saehook.interventions import scale as scale
     from saehook.interventions import set_ as set_
     from saehook.interventions import steer as steer
-    from saehook.interventions import tokens as tokens
+    from saehook.interventions import swap as swap
+    from saehook.interventions import to_mean as to_mean
     from saehook.sae import SAE as SAE
+    from saehook.schedules import Schedule as Schedule
     from saehook.trainer import Trainer as Trainer
+    from saehook.where import Where as Where
+    from saehook.where import generation as generation
+    from saehook.where import matching as matching
+    from saehook.where import prompt as prompt
+    from saehook.where import roles as roles
+    from saehook.where import span as span
+    from saehook.where import token_ids as token_ids
+    from saehook.where import tokens as tokens
 
 __version__ = "0.1.0"
 
@@ -46,21 +63,38 @@ _HOME = {
     "SAE": "sae",
     "SAEConfig": "config",
     "SaehookError": "errors",
+    "Schedule": "schedules",
     "TopK": "config",
     "TrainConfig": "config",
     "Trainer": "trainer",
+    "VectorEdit": "interventions",
+    "Where": "where",
     "ablate": "interventions",
+    "add_vector": "interventions",
+    "at_least": "interventions",
+    "at_most": "interventions",
     "bundled": "bundle",
+    "cap_along": "interventions",
     "clamp": "interventions",
     "evaluate": "evaluation",
-    "generation": "interventions",
+    "generation": "where",
+    "keep_only": "interventions",
+    "latent": "conditions",
     "load_sae": "checkpoint",
-    "prompt": "interventions",
+    "matching": "where",
+    "project_out": "interventions",
+    "prompt": "where",
+    "resample": "interventions",
+    "roles": "where",
     "save_sae": "checkpoint",
     "scale": "interventions",
     "set_": "interventions",
+    "span": "where",
     "steer": "interventions",
-    "tokens": "interventions",
+    "swap": "interventions",
+    "to_mean": "interventions",
+    "token_ids": "where",
+    "tokens": "where",
 }
 
 __all__ = [
@@ -73,20 +107,37 @@ __all__ = [
     "ReLU",
     "SAEConfig",
     "SaehookError",
+    "Schedule",
     "TopK",
     "TrainConfig",
     "Trainer",
+    "VectorEdit",
+    "Where",
     "ablate",
+    "add_vector",
+    "at_least",
+    "at_most",
     "bundled",
+    "cap_along",
     "clamp",
     "evaluate",
     "generation",
+    "keep_only",
+    "latent",
     "load_sae",
+    "matching",
+    "project_out",
     "prompt",
+    "resample",
+    "roles",
     "save_sae",
     "scale",
     "set_",
+    "span",
     "steer",
+    "swap",
+    "to_mean",
+    "token_ids",
     "tokens",
 ]
 

@@ -537,8 +537,9 @@ def generate(arguments: argparse.Namespace) -> None:
 def _edits(arguments: argparse.Namespace) -> list[Any]:
     """The edits of --steer, --clamp, --scale, --ablate, --at-least, --at-most and --to-mean, in that order."""
     from saehook import interventions as i
+    from saehook.where import generation, prompt
 
-    where = {"everywhere": None, "prompt": i.prompt(), "generation": i.generation()}[arguments.where]
+    where = {"everywhere": None, "prompt": prompt(), "generation": generation()}[arguments.where]
     makers = {"steer": i.steer, "clamp": i.clamp, "scale": i.scale, "ablate": i.ablate}
     makers |= {"at-least": i.at_least, "at-most": i.at_most, "to-mean": i.to_mean}
     edits = []

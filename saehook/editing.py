@@ -1,25 +1,22 @@
-"""What edits do to the activations of one site: x' from x. Plain torch; the model calls it while it runs.
+"""What happens to the activations of one site in a run: they are edited, replaced or read. Plain torch; the model calls it
+while it runs.
 
-z = encode(x), after the activation function. Edits apply in listed order to z. With the error kept
-    x' = x + σ(x) · Σ (z'_i - z_i) W_dec[i]     over the edited latents, in float32, cast back to the dtype of x;
-where `keep_only` sets all others to 0, the sum goes over them, too: one product with W_dec. With the error dropped
-x' = decode(z') on the tokens that an edit selects; spliced, on the whole mask of the SAE. The program's `norm` then bounds x'
-or x' - x. A token that nothing selects keeps its bits. σ is 1, or the token's scale where the SAE normalises each token. A
-transcoder encodes what it reads at another site, and its edits change y there where it writes.
+Edits come in blocks (`edit_blocks.py`), one after another. The program's `norm` then bounds x' or x' - x. Everything is
+computed in float32 and cast back to the dtype of x; a token that nothing selects keeps its bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from saehook.config import MaskRule
-from saehook.errors import ArgumentError, SiteError
-from saehook.interventions import Cap, Edit, Program
+from saehook.edit_blocks import Block, Dose, LatentBlock, Seen, SourceAction, norm_of
+from saehook.errors import ArgumentError
+from saehook.interventions import Cap, Program
 from saehook.positions import TokenView
 from saehook.sae import SAE
 
@@ -32,142 +29,53 @@ class Action(Protocol):
         ...
 
 
-@dataclass
-class Dose:
-    """Tokens touched, and the sum of ‖Δ‖/‖x‖ over them; kept on the device, read once at the end."""
-
-    tokens: Tensor | int = 0
-    total: Tensor | float = 0.0
-
-    def add(self, selected: Tensor, delta: Tensor, norm: Tensor, fresh: int) -> None:
-        """`selected` [rows, n], `delta` [rows, n, d], `norm` = ‖x‖ [rows, n]; tokens before `fresh` were counted before."""
-        selected, delta, norm = selected[:, fresh:], delta[:, fresh:], norm[:, fresh:]
-        ratio = torch.linalg.vector_norm(delta, dim=-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        self.tokens = self.tokens + selected.sum()
-        self.total = self.total + torch.where(selected, ratio, 0.0).sum()
-
-    def read(self) -> tuple[int, float]:
-        """(tokens, mean ratio); the mean of nothing is 0."""
-        n = int(self.tokens)
-        return n, float(self.total) / n if n else 0.0
-
-
 _HALF = (torch.float16, torch.bfloat16)
 
 
-@dataclass
-class _Prepared:
-    """One edit, ready to run."""
-
-    index: int
-    edit: Edit
-    columns: Tensor
-    """Of the edited latents, those whose z' it decides."""
-    value: Tensor
-    dose: Dose = field(default_factory=Dose)
-
-
 class EditAction:
-    """The edits of one program at one site."""
+    """The edits of one program at one site, block after block."""
 
-    def __init__(
-        self, sae: SAE, edits: list[tuple[int, Edit]], program: Program, source: SourceAction | None = None
-    ) -> None:
-        """`edits`: (index in the program, edit), those of this site. `source`: what a transcoder reads.
+    def __init__(self, blocks: Sequence[Block], program: Program) -> None:
+        """`blocks` in the order in which they apply.
 
         Raises:
-            LatentError: a latent outside 0..d_sae-1. MissingStatError: unit='max' or op 'mean' without statistics.
-            ArgumentError: unit='norm' for a latent without direction.
+            ArgumentError: the reconstructions of two SAEs are asked for at this one site.
         """
-        self.sae, self.program, self.source = sae, program, source
-        used = sorted({latent for _, edit in edits for latent in edit.latents})
-        sae.check_latents(tuple(used))
-        column = {latent: i for i, latent in enumerate(used)}
-        self.latents = torch.tensor(used, dtype=torch.long, device=sae.device)
-        self.rows = sae.W_dec[self.latents].float()
+        self.blocks, self.program = blocks, program
+        saes = {id(block.sae) for block in blocks if isinstance(block, LatentBlock)}
+        if program.drops_error and len(saes) > 1:
+            raise ArgumentError(
+                f"{len(saes)} SAEs stand at one site, and x' can be the reconstruction of one of them only. Keep the error, or "
+                "attach one."
+            )
+        self.edits = [prepared for block in blocks for prepared in block.edits]
         self.dose = Dose()
-        self.edits = []
         self._too_large: list[tuple[TokenView, Tensor]] = []
-        for index, edit in edits:
-            meant = edit.latents
-            if edit.op == "keep_only":
-                meant = [latent for latent in used if latent not in edit.latents]
-            columns = torch.tensor([column[latent] for latent in meant], dtype=torch.long, device=sae.device)
-            self.edits.append(_Prepared(index, edit, columns, self._value(edit, columns)))
-        self.reads_latents = any(edit.op != "add" or edit.active_only for _, edit in edits)
-
-    def _value(self, edit: Edit, columns: Tensor) -> Tensor:
-        """The value of each latent, [len(latents)] float32; for unit='norm' still to be multiplied by ‖x‖."""
-        if edit.op == "mean":
-            return self.sae.mean_act(edit.latents).to(self.sae.device)
-        value = torch.full((len(edit.latents),), edit.value or 0.0, device=self.sae.device)
-        if edit.unit == "max":
-            value = value * self.sae.max_act(edit.latents).to(self.sae.device)
-        elif edit.unit == "norm":
-            norms = torch.linalg.vector_norm(self.rows[columns], dim=-1)
-            for latent, norm in zip(edit.latents, norms.tolist(), strict=True):
-                if norm == 0:
-                    raise ArgumentError(
-                        f"the decoder row of latent {latent} is 0, so unit='norm' has no meaning for it. Use unit='raw'."
-                    )
-            value = value / norms
-        return value
 
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
-        program, sae = self.program, self.sae
-        active = [p for p in self.edits if view.may_select(p.edit.where)]
-        if not active and not program.splice:
+        blocks = [block for block in self.blocks if block.may_act(view)]
+        if not blocks:
             return x
         x32 = x.float()
         norm = torch.linalg.vector_norm(x32, dim=-1)
-        read = x if self.source is None else self.source.take()
-        read_norm = norm if self.source is None else norm_of(read)
-        keep = view.mask(sae.mask_rule, read_norm)
-        scale = sae.scale(x32)
-        acts = sae.encode(read) if program.drops_error or self.reads_latents else None
-        current = acts[..., self.latents].float() if acts is not None else None
-        delta, touched, emptied, others = None, None, None, None
-        for p in active:
-            where = p.edit.where
-            selected = view.select(where, view.mask(sae.mask_rule, read_norm, special=True) if where.special else keep)
-            change = self._change(p, current, norm if scale is None else norm / scale.squeeze(-1))
-            if p.edit.active_only:
-                assert current is not None
-                firing = current[..., p.columns] > 0
-                change = torch.where(firing, change, 0.0)
-                selected = selected & firing.any(-1)
-            change = torch.where(selected[..., None], change, 0.0)
-            if current is not None:
-                current = current.index_add(-1, p.columns, change)
-            part = change @ self.rows[p.columns]
-            if p.edit.op == "keep_only":
-                assert acts is not None
-                if others is None:
-                    others = acts.float().index_fill(-1, self.latents, 0.0) @ sae.W_dec.float()
-                newly = selected if emptied is None else selected & ~emptied
-                emptied = selected if emptied is None else selected | emptied
-                part = part - torch.where(newly[..., None], others, 0.0)
-            part = part if scale is None else part * scale
-            p.dose.add(selected, part.detach(), norm.detach(), view.fresh)
-            delta = part if delta is None else delta + part
-            touched = selected if touched is None else touched | selected
-        if program.drops_error:
-            assert acts is not None
-            assert current is not None
-            if program.splice:  # tokens outside the mask that an edit names are edited all the same
-                touched = keep if touched is None else keep | touched
-            if emptied is not None:
-                acts = torch.where(emptied[..., None], 0.0, acts)
-            if active:
-                acts = acts.index_copy(-1, self.latents, current.to(acts.dtype))
-            new = sae.decode(acts, x32 if self.source is None else read).float()
-        else:
-            assert delta is not None
-            new = x32 + delta
+        new, delta, touched = x32, None, None
+        for i, block in enumerate(blocks):
+            seen = Seen(x, x32, norm) if i == 0 or self.program.parallel else Seen(new, new, norm_of(new))
+            change = block(seen, norm, view)
+            touched = change.touched if touched is None else touched | change.touched
+            if change.new is not None:
+                new = torch.where(change.touched[..., None], change.new, new)
+            elif self.program.parallel:
+                assert change.delta is not None
+                delta = change.delta if delta is None else delta + change.delta
+                new = x32 + delta
+            else:
+                assert change.delta is not None
+                new = new + change.delta
         assert touched is not None
-        if program.norm is not None:
-            new = _with_norm(program.norm, x32, new, norm)
-        if len(self.edits) != 1 or program.drops_error or program.norm is not None:
+        if self.program.norm is not None:
+            new = _with_norm(self.program.norm, x32, new, norm)
+        if len(self.edits) != 1 or self.program.drops_error or self.program.norm is not None:
             self.dose.add(touched, (new - x32).detach(), norm.detach(), view.fresh)
         else:
             self.dose = self.edits[0].dose
@@ -186,25 +94,6 @@ class EditAction:
         row, column = large.nonzero()[0].tolist()
         return row // view.run.expansion, int(view.index[row, column]), int(view.ids[row, column])
 
-    def _change(self, p: _Prepared, current: Tensor | None, norm: Tensor) -> Tensor:
-        """z' - z of the edit's latents, [rows, n, len(latents)]; a constant for `add`, so that x' = x + c · W_dec exactly."""
-        value = p.value if p.edit.unit != "norm" else norm[..., None] * p.value
-        if p.edit.op == "add":
-            return value.expand(*norm.shape, -1)
-        assert current is not None
-        z = current[..., p.columns]
-        match p.edit.op:
-            case "set" | "mean":
-                return value - z
-            case "min":
-                return (value - z).clamp_min(0.0)
-            case "max":
-                return (value - z).clamp_max(0.0)
-            case "scale":
-                return (value - 1.0) * z
-            case _:
-                return -z
-
 
 def _with_norm(rule: Any, x: Tensor, new: Tensor, norm: Tensor) -> Tensor:
     """What `Program.norm` makes of x' = `new` [rows, n, d], `norm` = ‖x‖ [rows, n]; where x' = x, exactly x'."""
@@ -220,6 +109,18 @@ def _with_norm(rule: Any, x: Tensor, new: Tensor, norm: Tensor) -> Tensor:
     return torch.where(same, new, new * (norm / torch.where(length > 0, length, 1.0)))
 
 
+class ChainAction:
+    """Several actions at one site, one after another."""
+
+    def __init__(self, actions: Sequence[Action]) -> None:
+        self.actions = actions
+
+    def __call__(self, x: Tensor, view: TokenView) -> Tensor:
+        for action in self.actions:
+            x = action(x, view)
+        return x
+
+
 class ReplaceAction:
     """A fixed vector on every token of the mask: zero and mean ablation."""
 
@@ -230,36 +131,6 @@ class ReplaceAction:
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
         keep = view.mask(self.rule, norm_of(x if self.source is None else self.source.take()))
         return torch.where(keep[..., None], self.vector.to(x.device, x.dtype), x)
-
-
-class SourceAction:
-    """Keeps x where a transcoder reads it, for the action where it writes."""
-
-    def __init__(self, site: str) -> None:
-        """`site`: where it stands."""
-        self.site = site
-        self.x: Tensor | None = None
-
-    def __call__(self, x: Tensor, view: TokenView) -> Tensor:
-        self.x = x.clone()  # the model may go on in the same tensor
-        return x
-
-    def take(self) -> Tensor:
-        """x of this forward pass, [rows, n, d].
-
-        Raises:
-            SiteError: the model has not come by here yet.
-        """
-        if self.x is None:
-            raise SiteError(
-                f"the model comes to {self.site}, which the transcoder reads, only after the site it writes."
-            )
-        return self.x
-
-
-def norm_of(x: Tensor) -> Tensor:
-    """‖x‖ of each token, [rows, n], float32."""
-    return torch.linalg.vector_norm(x.float(), dim=-1)
 
 
 class StopForward(Exception):

@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 
 from saehook.calibration import stats_of
 from saehook.config import activation_to_dict
-from saehook.editing import Action, EditAction, ReadAction, ReplaceAction, SourceAction
+from saehook.edit_blocks import LatentBlock, SourceAction
+from saehook.editing import Action, EditAction, ReadAction, ReplaceAction
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 from saehook.interventions import Program
@@ -165,7 +166,7 @@ def evaluate(
     Args:
         tokens: windows of ids [n, length], each run as one sequence; see `tokenization.windows`.
         names: what to call the SAE at each site; default: the site.
-        joint: add the row with all SAEs spliced at once.
+        joint: add the row with all SAEs spliced at once, unless two of them write the same site.
         progress: show a progress bar.
 
     Raises:
@@ -179,7 +180,7 @@ def evaluate(
     rows = max(1, MAX_LOGITS // (ids.shape[1] * hooked.lm.get_input_embeddings().num_embeddings))
     batches = ids.split(rows)
     sites = hooked.sites
-    together = joint and len(sites) > 1
+    together = joint and len({one.writes for one in hooked.attached.values()}) == len(sites) > 1
     n_variants = 3 * (len(sites) + together) + 2
     with tqdm(total=n_variants * len(batches), desc="evaluating", unit="pass", disable=not progress) as bar:
         measured = {site: (Reconstruction(), Firing()) for site in sites}
@@ -265,22 +266,23 @@ class Clean(NamedTuple):
 def read_sites(hooked: HookedSAEs, ids: Tensor) -> dict[str, Clean]:
     """Clean activations for every attached SAE, by its site."""
     group: list[ReadAction] = []
-    readers = {site: ReadAction(group, stop=True) for both in hooked.outs.items() for site in dict.fromkeys(both)}
+    sites = dict.fromkeys(site for one in hooked.attached.values() for site in (one.reads, one.writes))
+    readers = {site: ReadAction(group, stop=True) for site in sites}
     hooked.run(ids, readers)
     found = {}
-    for site, sae in hooked.saes.items():
-        read, written = readers[site], readers[hooked.outs[site]]
+    for name, (sae, reads, writes) in hooked.attached.items():
+        read, written = readers[reads], readers[writes]
         assert read.value is not None
         assert written.value is not None
         mask = read.mask(sae.mask_rule)
-        found[site] = Clean(read.value[mask], written.value[mask.to(written.value.device)], mask.cpu())
+        found[name] = Clean(read.value[mask], written.value[mask.to(written.value.device)], mask.cpu())
     return found
 
 
 def _variants(hooked: HookedSAEs, means: Mapping[str, Tensor], together: bool) -> dict[tuple[str, str], _Variant]:
     splice = Program(splice=True)
     by_kind: dict[str, Callable[[str, SAE, SourceAction | None], Action]] = {
-        "spliced": lambda site, sae, source: EditAction(sae, [], splice, source),
+        "spliced": lambda site, sae, source: EditAction([LatentBlock(sae, [], splice, source=source)], splice),
         "zero": lambda site, sae, source: ReplaceAction(torch.zeros(sae.d_out), sae.mask_rule, source),
         "mean": lambda site, sae, source: ReplaceAction(means[site], sae.mask_rule, source),
     }

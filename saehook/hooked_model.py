@@ -53,6 +53,7 @@ from nnsight.intervention.interleaver import OutOfOrderError  # noqa: E402
 from nnsight.intervention.tracer import InterleavingTracer  # noqa: E402
 from transformers.utils.generic import ModelOutput  # noqa: E402
 
+from saehook.edit_plan import Attached, Place, plan_edits, run_plan  # noqa: E402
 from saehook.editing import Action, ReadAction, StopForward, changed, changes  # noqa: E402
 from saehook.errors import (  # noqa: E402
     ArgumentError,
@@ -63,7 +64,7 @@ from saehook.errors import (  # noqa: E402
     SiteNotExecutedError,
 )
 from saehook.hooked_saes import HookedSAEs  # noqa: E402
-from saehook.interventions import Program  # noqa: E402
+from saehook.interventions import Edit, Program  # noqa: E402
 from saehook.positions import Positions, TokenView  # noqa: E402
 from saehook.results import Report  # noqa: E402
 from saehook.runs import Runs  # noqa: E402
@@ -106,11 +107,16 @@ class TapPoint(nn.Module):
             return self.action(x)
         if self.sae is not None:
             change = changes(x, self.sae, self.pre_acts, self.latents, self.reconstruction)
-            (self.writer[0] if self.writer else self).change = change
+            written = self.writer[0] if self.writer else self
+            written.change = change if written.change is None else written.change + change
         if self.change is None:
             return x
         change, self.change = self.change, None
         return changed(x, change)
+
+
+def _no_sae(site: str | None) -> str:
+    raise SiteError(f"a condition asks for a latent{f' at {site}' if site else ''}, and no SAE is attached.")
 
 
 def _locked_tracer(lock: Any) -> type[InterleavingTracer]:
@@ -129,29 +135,34 @@ class _Taps:
         self,
         model: TransformersModel,
         sites: Sequence[Site],
-        saes: Mapping[str, SAE],
-        outs: Mapping[str, str],
+        attached: Mapping[str, Attached],
         lock: Any,
     ) -> None:
-        """`saes` and `outs` by the site that is read: the SAE there, and the site that it writes."""
+        """`sites`: all that may be read or written; `attached`: SAEs by name, each at one of them."""
         self.lock = lock
         self.closed = False
         self.view: TokenView | None = None
         self.positions: Positions | None = None
+        self.sites = {site.name for site in sites}
         self.points: dict[str, TapPoint] = {}
+        """By site, and by name of the SAE."""
         self.envoys: dict[str, Envoy] = {}
         envoys = dict(model.named_modules())
         prefix = model.path
         edited = self._with_positions(model)
         for site in sites:
             parent = envoys[f"{prefix}.{site.path}"]
-            point = TapPoint(saes.get(site.name))
-            envoy = self._mount(parent, point)
-            self.points[site.name], self.envoys[site.name] = point, envoy
-            edited = self._with_tap(edited, parent, envoy, site)
-        for read, written in outs.items():
-            if read != written:
-                self.points[read].writer.append(self.points[written])
+            here = [name for name, one in attached.items() if one.reads == site.name]
+            for name in here or [site.name]:
+                # What a run does at the site happens at its first point; in a trace each SAE has its own.
+                point = TapPoint(attached[name].sae if name in attached else None)
+                envoy = self._mount(parent, point)
+                self.points.setdefault(site.name, point)
+                self.points[name], self.envoys[name] = point, envoy
+                edited = self._with_tap(edited, parent, envoy, site)
+        for name, one in attached.items():
+            if one.reads != one.writes:
+                self.points[name].writer.append(self.points[one.writes])
         self.edited = edited
 
     @staticmethod
@@ -224,7 +235,7 @@ class _Taps:
         def at(name: str) -> Callable[[Tensor], Tensor]:
             action = actions.get(name)
             if action is None:
-                return lambda x: x
+                return _unchanged
 
             def act(x: Tensor) -> Tensor:
                 visited.add(name)
@@ -244,8 +255,10 @@ class _Taps:
         with self.lock:
             self.check_open()
             self.positions = positions
-            for name, point in self.points.items():
-                point.action = at(name)
+            for point in self.points.values():
+                point.action = _unchanged
+            for name in self.sites:
+                self.points[name].action = at(name)
             try:
                 # nnsight wants an input to assemble; what runs is `call`, with inputs of its own.
                 result = self.edited.trace(_NO_INPUT, fn=lambda *_, **__: call(), trace=False)
@@ -260,6 +273,10 @@ class _Taps:
                 "there did not happen. Attach at a site that every forward pass reaches."
             )
         return result
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 _NO_INPUT = torch.zeros(1, 1, dtype=torch.long)
@@ -378,8 +395,12 @@ class HookedModel(Runs):
         return named_sites(self.lm) if pattern is None else resolve(self.lm, pattern)
 
     def _call(self, call: Callable[[], Any], program: Program, positions: Positions) -> tuple[Any, Report]:
-        if program.edits or program.splice:
+        if program.splice or any(isinstance(edit, Edit) for edit in program.edits):
             raise SiteError("no SAE is attached, so there is nothing to edit or splice. Call model.attach(sae) first.")
+        if program.edits:
+            plan = plan_edits(program, {}, _no_sae, self.place)
+            taps = self._readers(tuple(plan.actions), [resolve(self.lm, name)[0] for name in plan.actions])
+            return run_plan(taps, call, plan, program, positions, self.lm, self.tokenizer)
         with self._lock:
             return call(), Report()
 
@@ -421,8 +442,21 @@ class HookedModel(Runs):
     def _readers(self, names: tuple[str, ...], sites: Sequence[Site]) -> _Taps:
         with self._lock:
             if names not in self._taps:
-                self._taps[names] = _Taps(self._nnsight, sites, {}, {}, self._lock)
+                self._taps[names] = _Taps(self._nnsight, sites, {}, self._lock)
             return self._taps[names]
+
+    def place(self, site: str | None) -> Place:
+        """Where the vector of an edit is written.
+
+        Raises:
+            SiteError: no site is named, or not exactly one.
+        """
+        if site is None:
+            raise SiteError("a vector does not say at which site it is written. Name it: site='layers.2.resid_post'.")
+        found = resolve(self.lm, site)
+        if len(found) != 1:
+            raise SiteError(f"{site!r} names {len(found)} sites; a vector is written at exactly one.")
+        return Place(found[0].name, self.width(found[0]), self.device)
 
     def width(self, site: Site) -> int:
         """Width of a site; runs one token through the model where the config does not say."""
@@ -430,12 +464,13 @@ class HookedModel(Runs):
             return site.width
         return self.activations([0], site.name)[site.name].shape[-1]
 
-    def attach(self, saes: SAE | Mapping[Any, SAE], check: str = "site") -> HookedSAEs:
+    def attach(self, saes: SAE | Mapping[Any, SAE | Sequence[SAE]], check: str = "site") -> HookedSAEs:
         """A handle on this model with SAEs at sites; the model itself stays clean.
 
         Args:
             saes: an SAE whose file says its site, or `{site: sae}`; a transcoder stands at the site that it reads, and
-                `{(site, site_out): sae}` says where it writes. SAEs are moved to the model's device.
+                `{(site, site_out): sae}` says where it writes. `{site: [sae, other]}` attaches several, named `site#0`,
+                `site#1`, ... SAEs are moved to the model's device.
             check: `site`: a recorded site or width that differs is an error; `fingerprint`: also measure FVU, L0 and
                 norm on the recorded tokens and refuse a factor above 2; `off`: only widths.
 
@@ -453,25 +488,37 @@ class HookedModel(Runs):
             saes = {saes.site: saes}
         if not saes:
             raise ArgumentError("attach() got no SAE. Give one, or {site: sae}.")
-        by_site: dict[str, SAE] = {}
-        outs: dict[str, str] = {}
-        sites: list[Site] = []
-        for name, sae in saes.items():
-            if not isinstance(sae, SAE):
-                raise ArgumentError(f"{type(sae).__name__} is no SAE; load one with saehook.load_sae(path).")
-            read_name, written_name = self._names(name, sae)
-            site = self._one_site(read_name, sae.site, sae.d_in, check, sites)
-            written = site
-            if written_name is not None:
-                written = self._one_site(written_name, sae.site_out, sae.d_out, check, sites)
-            by_site[site.name], outs[site.name] = sae, written.name
-        for name, sae in by_site.items():
+        attached: dict[str, Attached] = {}
+        sites: dict[str, Site] = {}
+        for given, several in saes.items():
+            many = several if isinstance(several, (list, tuple)) else [several]
+            taken = {one.reads for one in attached.values()}
+            for number, sae in enumerate(many):
+                if not isinstance(sae, SAE):
+                    raise ArgumentError(f"{type(sae).__name__} is no SAE; load one with saehook.load_sae(path).")
+                read_name, written_name = self._names(given, sae)
+                read = written = self._one_site(read_name, sae.site, sae.d_in, check, sites)
+                if written_name is not None:
+                    written = self._one_site(written_name, sae.site_out, sae.d_out, check, sites)
+                name = read.name if len(many) == 1 else f"{read.name}#{number}"
+                if read.name in taken:
+                    raise SiteError(
+                        f"two SAEs are given for {read.name}, one by one; give them together: {{site: [sae, other]}}."
+                    )
+                attached[name] = Attached(sae, read.name, written.name)
+        for name, (sae, _, writes) in attached.items():
             sae.to(self.device)
             if check == "fingerprint":
-                self._check_fingerprint(name, outs[name], sae)
+                self._check_fingerprint(name, writes, sae)
         with self._lock:
-            taps = _Taps(self._nnsight, sites, by_site, outs, self._lock)
-        return HookedSAEs(self, taps, by_site, outs)
+            taps = _Taps(self._nnsight, list(sites.values()), attached, self._lock)
+        return HookedSAEs(self, taps, attached)
+
+    def more_taps(self, attached: Mapping[str, Attached], names: Sequence[str]) -> Any:
+        """Tap points for the same SAEs and these sites."""
+        wanted = dict.fromkeys([*(site for one in attached.values() for site in one[1:]), *names])
+        with self._lock:
+            return _Taps(self._nnsight, [resolve(self.lm, name)[0] for name in wanted], attached, self._lock)
 
     @staticmethod
     def _names(name: str | tuple[str, str], sae: SAE) -> tuple[str, str | None]:
@@ -487,8 +534,8 @@ class HookedModel(Runs):
             raise SiteError(f"{name!r} names two sites, and the SAE is no transcoder: name one.")
         return name
 
-    def _one_site(self, name: str, recorded: str | None, width: int, check: str, taken: list[Site]) -> Site:
-        """The site of that name, put on the list of those that are taken, for an SAE recorded for `recorded`.
+    def _one_site(self, name: str, recorded: str | None, width: int, check: str, known: dict[str, Site]) -> Site:
+        """The site of that name, put among those that are known, for an SAE recorded for `recorded`.
 
         Raises:
             SiteError, ShapeError: as `attach` says.
@@ -497,8 +544,9 @@ class HookedModel(Runs):
         if len(found) != 1:
             raise SiteError(f"{name!r} names {len(found)} sites; an SAE is attached at exactly one.")
         site = found[0]
-        if any((site.path, site.side) == (other.path, other.side) for other in taken):
-            raise SiteError(f"two SAEs are given for {site.name}; attach one SAE per site.")
+        for other in known.values():  # one place has one name
+            if (site.path, site.side, site.in_place) == (other.path, other.side, other.in_place):
+                site = other
         if check != "off" and recorded is not None and not same_site(self.lm, recorded, site.name):
             raise SiteError(
                 f"this SAE was trained on {recorded}, not on {site.name}: its numbers would be meaningless there. "
@@ -509,7 +557,7 @@ class HookedModel(Runs):
                 f"the SAE expects width {width}, but {site.name} of {self.model_id} has {self.width(site)}. "
                 "It belongs to another model or site."
             )
-        taken.append(site)
+        known[site.name] = site
         return site
 
     def fingerprint(self, site: str, sae: SAE, ids: Tensor, *, site_out: str | None = None) -> dict[str, Any]:
@@ -519,6 +567,7 @@ class HookedModel(Runs):
         """
         from saehook.metrics import Firing, Reconstruction
 
+        site = site.partition("#")[0]
         names = [site] if site_out is None or site_out == site else [site, site_out]
         values = [x[0].float() for x in self.activations(ids[None], names).values()]
         x, y = values[0], values[-1]

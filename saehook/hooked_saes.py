@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saehook.editing import Action, EditAction, ReadAction, SourceAction, StopForward
-from saehook.errors import ArgumentError, SiteError
-from saehook.interventions import Edit, Program
+from saehook.edit_blocks import SourceAction
+from saehook.edit_plan import Attached, EditPlan, Place, plan_edits, run_plan
+from saehook.editing import Action, ReadAction, StopForward
+from saehook.errors import SiteError
+from saehook.interventions import Program
 from saehook.positions import Positions
-from saehook.results import EditReport, Latents, Report, SiteReport
+from saehook.results import Latents, Report
 from saehook.runs import Runs
-from saehook.sae import SAE
 from saehook.sites import resolve, same_site
 
 if TYPE_CHECKING:
@@ -25,27 +25,29 @@ if TYPE_CHECKING:
 class HookedSAEs(Runs):
     """A model with SAEs attached; made by `HookedModel.attach`. Edits are arguments of each call, no state stays."""
 
-    def __init__(self, model: HookedModel, taps: Any, saes: dict[str, SAE], outs: dict[str, str]) -> None:
+    def __init__(self, model: HookedModel, taps: Any, attached: Mapping[str, Attached]) -> None:
         """`taps`: the mounted tap points, from `HookedModel.attach`."""
         self.model = model
         """The clean model."""
         self.lm, self.tokenizer = model.lm, model.tokenizer
         self._vocab_size = model._vocab_size
         self._taps = taps
-        self.saes = dict(saes)
-        """The attached SAEs by the site that they read."""
-        self.outs = dict(outs)
-        """The site that each writes, by the one that it reads: the same, but for a transcoder."""
+        self._more_taps: dict[tuple[str, ...], Any] = {}
+        self.attached = dict(attached)
+        """The attached SAEs at their places, by name: the site that each reads, with `#0`, `#1`, ... where several do."""
+        self.saes = {name: one.sae for name, one in attached.items()}
+        """The attached SAEs by name."""
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites where an SAE is attached."""
+        """Names of the attached SAEs: the sites that they read, with `#0`, `#1`, ... where several read the same."""
         return list(self.saes)
 
     def detach(self) -> None:
         """Take the SAEs off; the handle cannot be used afterwards. A second call does nothing."""
         with self._taps.lock:
-            self._taps.unmount()
+            for taps in (self._taps, *self._more_taps.values()):
+                taps.unmount()
 
     def at(self, site: str) -> Any:
         """What stands at a site, for use inside `trace`: `.pre_acts`, `.latents`, `.reconstruction` are nnsight sites,
@@ -70,55 +72,51 @@ class HookedSAEs(Runs):
             raise SiteError(f"several SAEs are attached, at {', '.join(self.sites)}: say which with site=.")
         if site in self.saes:
             return site
-        for name in self.sites:
-            if same_site(self.lm, site, name):
+        place, number, which = site.partition("#")
+        for name, one in self.attached.items():
+            if name.endswith(number + which) and same_site(self.lm, place, one.reads) and ("#" in name) == bool(number):
                 return name
-        resolve(self.lm, site)  # a name that the model does not have gets its near misses
+        resolve(self.lm, place)  # a name that the model does not have gets its near misses
+        several = [name for name in self.sites if name.startswith(f"{site}#")]
+        if several:
+            raise SiteError(f"several SAEs are attached at {site}: say which, {' or '.join(several)}.")
         raise SiteError(f"no SAE is attached at {site}; attached are {', '.join(self.sites)}.")
 
-    def actions(self, program: Program) -> dict[str, Action]:
-        """The program as actions by site; sites where nothing happens have none."""
-        by_site: dict[str, list[tuple[int, Edit]]] = {name: [] for name in self.sites} if program.splice else {}
-        for i, edit in enumerate(program.edits):
-            by_site.setdefault(self.resolve_site(edit.site), []).append((i, edit))
-        actions: dict[str, Action] = {}
-        for name, edits in by_site.items():
-            actions |= self.where_written(name, functools.partial(EditAction, self.saes[name], edits, program))
-        return actions
+    def plan(self, program: Program) -> EditPlan:
+        """What the program does in a run, as actions by site. Raises what its edits may raise before anything runs."""
+        return plan_edits(program, self.attached, self.resolve_site, self._place)
 
-    def where_written(self, site: str, make: Callable[[SourceAction | None], Action]) -> dict[str, Action]:
-        """An action where the SAE of `site` writes; `make` gets what a transcoder reads, None for an SAE."""
-        if self.outs[site] == site:
-            return {site: make(None)}
-        source = SourceAction(site)
-        return {site: source, self.outs[site]: make(source)}
+    def _place(self, site: str | None) -> Place:
+        """Where a vector is written."""
+        if site is None or site in self.attached:
+            site = self.attached[self.resolve_site(site)].writes
+        return self.model.place(site)
+
+    def where_written(self, name: str, make: Callable[[SourceAction | None], Action]) -> dict[str, Action]:
+        """An action where the SAE of that name writes; `make` gets what a transcoder reads, None for an SAE."""
+        _, reads, writes = self.attached[name]
+        if reads == writes:
+            return {reads: make(None)}
+        source = SourceAction(reads)
+        return {reads: source, writes: make(source)}
 
     def _call(self, call: Callable[[], Any], program: Program, positions: Positions) -> tuple[Any, Report]:
-        actions = self.actions(program)
-        if not actions and not self._taps.closed:  # nothing to do: what is attached costs nothing
+        plan = self.plan(program)
+        if not plan.actions and not self._taps.closed:  # nothing to do: what is attached costs nothing
             with self._taps.lock:
                 return call(), Report()
-        try:
-            result = self._taps.run(call, actions, positions)
-        except Exception:
-            self._check_overflow(actions)  # the cause, where the model failed on what an edit wrote
-            raise
-        self._check_overflow(actions)
-        return result, _report(program, actions)
+        return run_plan(self._taps_for(plan.actions), call, plan, program, positions, self.lm, self.tokenizer)
 
-    def _check_overflow(self, actions: Mapping[str, Action]) -> None:
-        """Raises ArgumentError if x' was too large for the dtype of its site."""
-        for site, action in actions.items():
-            if not isinstance(action, EditAction) or (place := action.overflow()) is None:
-                continue
-            row, token, token_id = place
-            latents = sorted({latent for p in action.edits for latent in p.edit.latents})
-            what = f"the edits of latents {', '.join(map(str, latents))}" if latents else "the splice"
-            raise ArgumentError(
-                f"{what} at {site} gave a value that {self.lm.dtype} cannot hold, first at token {token} "
-                f"({self.tokenizer.decode([token_id])!r}) of row {row}. Use smaller amounts, a program with "
-                "norm={'cap': 1.0}, or load the model with dtype=torch.float32."
-            )
+    def _taps_for(self, sites: Iterable[str]) -> Any:
+        """The tap points, with others beside them where a vector is written at a site without SAE."""
+        names = tuple(name for name in sites if name not in self._taps.sites)
+        if not names:
+            return self._taps
+        with self._taps.lock:
+            self._taps.check_open()
+            if names not in self._more_taps:
+                self._more_taps[names] = self.model.more_taps(self.attached, names)
+            return self._more_taps[names]
 
     @torch.no_grad()
     def run(self, x: Any, actions: Mapping[str, Action]) -> Any:
@@ -142,7 +140,9 @@ class HookedSAEs(Runs):
         with torch.no_grad():
             with contextlib.suppress(StopForward):
                 self._taps.run(
-                    lambda: self.lm(**arguments, use_cache=False), {name: reader}, self._positions(batch, Program())
+                    lambda: self.lm(**arguments, use_cache=False),
+                    {self.attached[name].reads: reader},
+                    self._positions(batch, Program()),
                 )
             assert reader.value is not None
             sae = self.saes[name]
@@ -160,17 +160,3 @@ class HookedSAEs(Runs):
                     )
                 )
         return rows[0] if batch.single else rows
-
-
-def _report(program: Program, actions: Mapping[str, Action]) -> Report:
-    edits: dict[int, EditReport] = {}
-    editing = {site: action for site, action in actions.items() if isinstance(action, EditAction)}
-    for action in editing.values():
-        for p in action.edits:
-            tokens, dose = p.dose.read()
-            edits[p.index] = EditReport(p.edit, tokens, dose)
-    sites = []
-    for name, action in editing.items():
-        tokens, dose = action.dose.read()
-        sites.append(SiteReport(name, tokens, dose))
-    return Report(edits=tuple(edits[i] for i in range(len(program.edits))), sites=tuple(sites))

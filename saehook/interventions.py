@@ -11,125 +11,101 @@ z are an SAE's latent activations at one token, after its activation function; z
 | `min` | max(z, value) | in `unit` |
 | `max` | min(z, value) | in `unit` |
 | `mean` | the latent's recorded mean activation | none |
+| `resample` | the latent's z at another token of the input, `source` | none |
+| `swap` | z of the other one of two latents | none |
 | `keep_only` | z, and 0 for every other latent of the SAE | none |
 
 With `active_only` an edit acts where z, as the edits before it left it, is above 0; a token on which none of its latents
-is, it does not touch.
+is, it does not touch. `where` says at which tokens it acts, `when` under which condition on latents, and `schedule` how much
+of the change z' - z is made at each generated token.
 
 Units of `set`, `add`, `min` and `max`: `raw`; `max` (times the latent's recorded maximum); `norm` (times
-‖x‖ / ‖W_dec[latent]‖, so that the written vector has `value` times the norm of the token's activation).
+‖x‖ / ‖W_dec[latent]‖, so that the written vector has `value` times the norm of the token's activation); `quantile` (the
+activation below which that share of the latent's recorded positive activations lies). `kl`, of `set`, `add` and `scale`, is
+a mean KL to the unedited model in nats per token, to be turned into a strength by `hooked.calibrate(edits, text)`.
+
+`mode="readback"`: what is written is solved for so that encoding x' gives z'; without it x' gets (z' - z) W_dec, which
+the encoder reads back as more or less than z', since latents overlap.
+
+A `VectorEdit` acts on x along a direction v that need not be a latent's:
+
+| op | x' | value |
+|---|---|---|
+| `add` | x + value · v; in unit `norm` x + value · ‖x‖ · v / ‖v‖ | in `unit` |
+| `project_out` | x without its component along v | none |
+| `cap` | x with a component along v / ‖v‖ of at most value; in unit `norm`, value · ‖x‖ | in `unit` |
 """
 
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from saehook.conditions import Condition, condition_from_data
 from saehook.errors import ArgumentError, FormatError, LatentError
+from saehook.fields import MAX_VALUE, check_fields, check_kinds, integers, listed, number, short
+from saehook.schedules import Schedule
+from saehook.where import EVERYWHERE, Where
 
-OPS = ("set", "add", "scale", "ablate", "min", "max", "mean", "keep_only")
-NO_VALUE = ("ablate", "mean", "keep_only")
+OPS = ("set", "add", "scale", "ablate", "min", "max", "mean", "resample", "swap", "keep_only")
+NO_VALUE = ("ablate", "mean", "resample", "swap", "keep_only")
 NO_UNIT = ("scale", *NO_VALUE)
 NO_ACTIVE_ONLY = ("ablate", "keep_only")
-UNITS = ("raw", "max", "norm")
-ERRORS = ("keep", "drop")
+UNITS = ("raw", "max", "norm", "quantile", "kl")
+KL_OPS = ("set", "add", "scale")
+MODES = ("decoder", "readback")
+VECTOR_OPS = ("add", "project_out", "cap")
+VECTOR_UNITS = ("raw", "norm", "kl")
+ERRORS = ("keep", "drop", "mean")
 SCHEMA = 1
-MAX_VALUE = 3.4028234663852886e38
-"""The largest float32: edits are computed in it."""
 
 
-@dataclass(frozen=True)
-class Where:
-    """Which tokens an edit acts on: those that fit all that is given. Those outside the mask (special tokens, and what the
-    SAE's `mask_rule` leaves out) only where `tokens` names them; special tokens also with `special`."""
-
-    prompt: bool = True
-    """Tokens of the input."""
-    generation: bool = True
-    """Tokens that the model has generated."""
-    tokens: tuple[int, ...] | None = None
-    """Exactly these tokens of the input, counted among the row's own real tokens; negative from its end."""
-    positions: tuple[int, int | None] | None = None
-    """From the first to before the second, counted among the row's own real tokens, generated ones included; None: no
-    end."""
-    token_ids: tuple[int, ...] | None = None
-    """Tokens with one of these ids. A special one also wants `special`."""
-    special: bool = False
-    """Special tokens, too; the SAE's `mask_rule` holds for them as for others."""
-    rows: tuple[int, ...] | None = None
-    """Rows of the input, from 0; its beams and return sequences are of the row that they continue."""
-
-    def __post_init__(self) -> None:
-        for name in ("prompt", "generation", "special"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(f"{name}={getattr(self, name)!r} in a Where; True or False is expected.")
-        for name in ("token_ids", "rows"):
-            if getattr(self, name) is not None:
-                values = _integers(getattr(self, name), name)
-                if not values or min(values) < 0:
-                    raise ArgumentError(f"{name}={values} in a Where; one or more numbers from 0 are expected.")
-                object.__setattr__(self, name, values)
-        if self.positions is not None:
-            object.__setattr__(self, "positions", _range(self.positions))
-        if self.tokens is not None:
-            object.__setattr__(self, "tokens", _integers(self.tokens, "tokens"))
-            if not self.tokens:
-                raise ArgumentError("a Where with tokens=() names no token. Name one, or leave tokens out.")
-            if not (self.prompt and self.generation):
-                raise ArgumentError(
-                    f"a Where with tokens={self.tokens} says prompt or generation, too. Tokens stand alone."
-                )
-        elif not (self.prompt or self.generation):
-            raise ArgumentError("a Where with neither prompt nor generation nor tokens touches nothing. Switch one on.")
-
-    def __str__(self) -> str:
-        parts = []
-        if self.tokens is not None:
-            parts.append(f"tokens {_listed(self.tokens)}")
-        elif not (self.prompt and self.generation):
-            parts.append("prompt" if self.prompt else "generation")
-        if self.positions is not None:
-            start, stop = self.positions
-            parts.append(f"positions from {start}" + ("" if stop is None else f" to before {stop}"))
-        if self.token_ids is not None:
-            parts.append(f"ids {_listed(self.token_ids)}")
-        if self.rows is not None:
-            parts.append(f"rows {_listed(self.rows)}")
-        return ", ".join(parts or ["every token"]) + (", special ones included" if self.special else "")
+def _check_place(edit: Edit | VectorEdit) -> None:
+    """Raises ArgumentError where site, where, when or schedule of an edit is of another kind."""
+    if not isinstance(edit.site, (str, type(None))):
+        raise ArgumentError(f"site={edit.site!r} is no site name; expected for example 'layers.2.resid_post'.")
+    if not isinstance(edit.where, Where):
+        raise ArgumentError(
+            f"where={edit.where!r} is no Where; expected prompt(), generation(), tokens(0, -1), or None for every token."
+        )
+    if not isinstance(edit.when, (Condition, type(None))):
+        raise ArgumentError(f"when={edit.when!r} is no condition; expected for example latent(501) > 3.0.")
+    if not isinstance(edit.schedule, (Schedule, type(None))):
+        raise ArgumentError(f"schedule={edit.schedule!r} is none; expected for example Schedule.linear(1, 0, 20).")
 
 
-def prompt() -> Where:
-    """The tokens of the input that are in the mask."""
-    return Where(generation=False)
+def _place_to_data(edit: Edit | VectorEdit) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    if edit.site is not None:
+        data["site"] = edit.site
+    if edit.where != EVERYWHERE:
+        data["where"] = edit.where.to_data()
+    if edit.when is not None:
+        data["when"] = edit.when.to_data()
+    if edit.schedule is not None:
+        data["schedule"] = edit.schedule.to_data()
+    return data
 
 
-def generation() -> Where:
-    """The tokens that the model generates."""
-    return Where(prompt=False)
+def _place_from_data(data: dict[str, Any], path: str) -> dict[str, Any]:
+    """`data` with objects instead of where, when and schedule."""
+    check_kinds(data, path, str, ("op", "unit", "mode"))
+    if not isinstance(data.get("site"), (str, type(None))):
+        raise FormatError(f"{path}.site is {short(data['site'])}; a string is expected.")
+    readers = {"where": Where.from_data, "when": condition_from_data, "schedule": Schedule.from_data}
+    return data | {name: read(data[name], f"{path}.{name}") for name, read in readers.items() if name in data}
 
 
-def tokens(*indices: int) -> Where:
-    """Tokens of the input by index among the row's own real tokens: 0 the first (BOS counts where there is one),
-    -1 the last of the prompt. An index that a row does not have is an error when the edit runs."""
-    if not indices:
-        raise ArgumentError("tokens() names no token. Write for example tokens(0, 3, -1).")
-    return Where(tokens=tuple(indices))
+_PLACE = ("site", "where", "when", "schedule")
 
 
-def positions(start: int, stop: int | None = None) -> Where:
-    """Tokens `start` .. `stop` - 1 of the row, counted among its own real tokens, generated ones included; None: no end."""
-    return Where(positions=(start, stop))
-
-
-def token_ids(*ids: int) -> Where:
-    """Tokens with one of these ids, of prompt and generation; `Where(token_ids=..., special=True)` for special ones."""
-    return Where(token_ids=tuple(ids))
-
-
-EVERYWHERE = Where()
+def _place_words(edit: Edit | VectorEdit) -> str:
+    site = f" at {edit.site}" if edit.site else ""
+    when = f" when {edit.when}" if edit.when is not None else ""
+    schedule = f" {edit.schedule}" if edit.schedule is not None else ""
+    return f"{schedule}{site}{when} ({edit.where})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,53 +124,176 @@ class Edit:
     """The attached SAE meant; None where only one is attached."""
     where: Where = EVERYWHERE
     """Which tokens."""
+    when: Condition | None = None
+    """Under which condition on latents; None: always."""
+    schedule: Schedule | None = None
+    """How much of the change at each generated token; None: all of it."""
     active_only: bool = False
     """Act only where the latent is active, z > 0; not for those of `NO_ACTIVE_ONLY`."""
+    mode: str = "decoder"
+    """One of `MODES`."""
+    source: tuple[int, int] | None = None
+    """Of `resample`: (row of the input, index among its own real tokens, negative from its end)."""
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise ArgumentError(f"there is no operation {self.op!r}; expected one of {', '.join(OPS)}.")
-        latents = _integers(self.latents, "latents")
+        latents = integers(self.latents, "latents")
         if not latents:
             raise ArgumentError(f"the edit {self.op!r} names no latent. Name at least one.")
         if len(set(latents)) < len(latents):
             raise ArgumentError(f"the edit {self.op!r} names a latent twice: {latents}. Name each once.")
         if min(latents) < 0:
             raise LatentError(f"latent {min(latents)} is negative; latents are counted from 0.")
+        if self.op == "swap" and len(latents) != 2:
+            raise ArgumentError(f"'swap' names {len(latents)} latents; exactly two are expected.")
         object.__setattr__(self, "latents", latents)
-        if self.unit not in UNITS:
-            raise ArgumentError(f"there is no unit {self.unit!r}; expected one of {', '.join(UNITS)}.")
-        if self.op in NO_UNIT and self.unit != "raw":
-            raise ArgumentError(f"{self.op!r} has no unit, but unit={self.unit!r} was given. Leave it out.")
-        if self.op in NO_VALUE:
-            if self.value is not None:
-                raise ArgumentError(f"{self.op!r} takes no value, but {self.value!r} was given. Use 'set' or 'scale'.")
-        else:
-            if (
-                isinstance(self.value, bool)
-                or not isinstance(self.value, (int, float))
-                or not abs(self.value) <= MAX_VALUE
-            ):
-                raise ArgumentError(
-                    f"the value of {self.op!r} is {self.value!r}; a finite number is expected (in float32)."
-                )
-            object.__setattr__(self, "value", float(self.value))
+        self._check_value()
         if not isinstance(self.active_only, bool):
             raise ArgumentError(f"active_only={self.active_only!r}; True or False is expected.")
         if self.active_only and self.op in NO_ACTIVE_ONLY:
             raise ArgumentError(f"{self.op!r} does the same with active_only=True or without. Leave it out.")
-        if not isinstance(self.site, (str, type(None))):
-            raise ArgumentError(f"site={self.site!r} is no site name; expected for example 'layers.2.resid_post'.")
-        if not isinstance(self.where, Where):
-            raise ArgumentError(
-                f"where={self.where!r} is no Where; expected prompt(), generation(), tokens(0, -1), or None for every token."
-            )
+        if self.mode not in MODES:
+            raise ArgumentError(f"mode={self.mode!r} is unknown; expected one of {', '.join(MODES)}.")
+        if self.mode == "readback" and self.op == "keep_only":
+            raise ArgumentError("'keep_only' writes all latents, so it cannot be solved for some. Leave mode out.")
+        if self.op == "keep_only" and self.schedule is not None:
+            raise ArgumentError("'keep_only' has no schedule: it sets latents to 0 or leaves them. Leave it out.")
+        if (self.op == "resample") != (self.source is not None):
+            raise ArgumentError(f"{self.op!r} with source={self.source!r}; 'resample' has a source, and no other op.")
+        if self.source is not None:
+            source = integers(self.source, "source")
+            if len(source) != 2 or source[0] < 0:
+                raise ArgumentError(f"source={self.source!r}; (row of the input, token of the row) is expected.")
+            object.__setattr__(self, "source", source)
+        _check_place(self)
+
+    def _check_value(self) -> None:
+        if self.unit not in UNITS:
+            raise ArgumentError(f"there is no unit {self.unit!r}; expected one of {', '.join(UNITS)}.")
+        if self.unit == "kl" and self.op not in KL_OPS:
+            raise ArgumentError(f"unit='kl' is for {', '.join(KL_OPS)}, not for {self.op!r}.")
+        if self.op in NO_UNIT and self.unit not in ("raw", "kl"):
+            raise ArgumentError(f"{self.op!r} has no unit, but unit={self.unit!r} was given. Leave it out.")
+        if self.op in NO_VALUE:
+            if self.value is not None:
+                raise ArgumentError(f"{self.op!r} takes no value, but {self.value!r} was given. Use 'set' or 'scale'.")
+            return
+        object.__setattr__(self, "value", number(self.value, f"the value of {self.op!r}"))
+        assert self.value is not None
+        if self.unit == "quantile" and not 0 <= self.value <= 1:
+            raise ArgumentError(f"the quantile of {self.op!r} is {self.value:g}; a number from 0 to 1 is expected.")
+        if self.unit == "kl" and self.value == 0:
+            raise ArgumentError("a KL of 0 is the unedited model. Leave the edit out.")
 
     def __str__(self) -> str:
         amount = "" if self.value is None else f" {self.value:g}" + ("" if self.unit == "raw" else f" {self.unit}")
-        site = f" at {self.site}" if self.site else ""
+        if self.source is not None:
+            amount += f" from token {self.source[1]} of row {self.source[0]}"
+        amount += " read back" if self.mode == "readback" else ""
         active = " where active" if self.active_only else ""
-        return f"{self.op} {_listed(self.latents)}{amount}{active}{site} ({self.where})"
+        return f"{self.op} {listed(self.latents)}{amount}{active}{_place_words(self)}"
+
+    def to_data(self) -> dict[str, Any]:
+        """What stands in a program's JSON."""
+        data: dict[str, Any] = {"op": self.op, "latents": list(self.latents)}
+        if self.value is not None:
+            data |= {"value": self.value, "unit": self.unit}
+        if self.active_only:
+            data["active_only"] = True
+        if self.mode != "decoder":
+            data["mode"] = self.mode
+        if self.source is not None:
+            data["source"] = list(self.source)
+        return data | _place_to_data(self)
+
+    @staticmethod
+    def from_data(data: Any, path: str) -> Edit:
+        """From a program's JSON.
+
+        Raises:
+            FormatError: an unknown field or a value of the wrong kind; `path` is named.
+        """
+        known = {"op", "latents", "value", "unit", "active_only", "mode", "source", *_PLACE}
+        check_fields(data, path, known, {"op", "latents"})
+        try:
+            return Edit(**_place_from_data(data, path))
+        except (ArgumentError, LatentError) as error:
+            raise FormatError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorEdit:
+    """One operation on the activations of a site along a direction; no SAE is needed there."""
+
+    op: str
+    """One of `VECTOR_OPS`."""
+    vector: tuple[float, ...]
+    """v, one number per channel of the site; not all 0."""
+    value: float | None = None
+    """What `add` and `cap` need."""
+    unit: str = "raw"
+    """One of `VECTOR_UNITS`."""
+    site: str | None = None
+    """The site; None where only one SAE is attached, and that one's is meant."""
+    where: Where = EVERYWHERE
+    """Which tokens; the mask is that of an SAE without a `mask_rule`."""
+    when: Condition | None = None
+    """Under which condition on latents; None: always."""
+    schedule: Schedule | None = None
+    """How much of the change at each generated token; None: all of it."""
+
+    def __post_init__(self) -> None:
+        if self.op not in VECTOR_OPS:
+            raise ArgumentError(f"there is no operation {self.op!r} on a vector; expected one of {listed(VECTOR_OPS)}.")
+        given = self.vector.tolist() if hasattr(self.vector, "tolist") else self.vector  # type: ignore[union-attr]
+        if not isinstance(given, (list, tuple)) or not given:
+            raise ArgumentError(f"the vector is {short(given)}; one number per channel of the site is expected.")
+        vector = tuple(number(v, "an entry of the vector") for v in given)
+        if not any(vector):
+            raise ArgumentError("the vector is 0, so it has no direction.")
+        object.__setattr__(self, "vector", vector)
+        if self.unit not in VECTOR_UNITS or (self.unit == "kl" and self.op != "add"):
+            raise ArgumentError(
+                f"there is no unit {self.unit!r} for {self.op!r} on a vector; expected raw or norm, or kl for 'add'."
+            )
+        if self.op == "project_out":
+            if self.value is not None or self.unit != "raw":
+                raise ArgumentError("'project_out' takes neither value nor unit. Leave them out.")
+        else:
+            object.__setattr__(self, "value", number(self.value, f"the value of {self.op!r}"))
+        if self.unit == "kl" and self.value == 0:
+            raise ArgumentError("a KL of 0 is the unedited model. Leave the edit out.")
+        _check_place(self)
+
+    def __str__(self) -> str:
+        amount = "" if self.value is None else f" {self.value:g}" + ("" if self.unit == "raw" else f" {self.unit}")
+        return f"{self.op} along a vector{amount}{_place_words(self)}"
+
+    def to_data(self) -> dict[str, Any]:
+        """What stands in a program's JSON."""
+        data: dict[str, Any] = {"op": self.op, "vector": list(self.vector)}
+        if self.value is not None:
+            data |= {"value": self.value, "unit": self.unit}
+        return data | _place_to_data(self)
+
+    @staticmethod
+    def from_data(data: Any, path: str) -> VectorEdit:
+        """From a program's JSON.
+
+        Raises:
+            FormatError: an unknown field or a value of the wrong kind; `path` is named.
+        """
+        check_fields(data, path, {"op", "vector", "value", "unit", *_PLACE}, {"op", "vector"})
+        if not isinstance(data["vector"], list):
+            raise FormatError(f"{path}.vector is {short(data['vector'])}; a list of numbers is expected.")
+        try:
+            return VectorEdit(**_place_from_data(data, path))
+        except ArgumentError as error:
+            raise FormatError(f"{path}: {error}") from None
+
+
+AnyEdit = Edit | VectorEdit
 
 
 @dataclass(frozen=True)
@@ -213,59 +312,79 @@ class Cap:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """Edits in the order in which they apply, and what happens to the SAE's reconstruction error."""
+    """Edits in the order in which they apply, and what happens to the SAE's reconstruction error.
 
-    edits: Sequence[Edit] = ()
-    """Edits of one SAE apply in this order; kept as a tuple."""
+    At one site, edits of one SAE that follow each other are one block: it encodes x once, and its edits apply to z in listed
+    order. The next block, of another SAE or a vector, sees what the block before it wrote; with `parallel` all blocks
+    see the same x, and their changes are added up.
+    """
+
+    edits: Sequence[AnyEdit] = ()
+    """In the order in which they apply; kept as a tuple."""
     splice: bool = False
     """Put decode(z') on every token of the mask at every attached SAE."""
     error: str | None = None
-    """`keep`: x' = x + (z' - z) W_dec. `drop`: x' = decode(z') on the tokens that an edit touches. None: `keep`, or
-    with `splice`, which drops it everywhere, nothing."""
+    """`keep`: x' = x + (z' - z) W_dec. `drop`: x' = decode(z') on the tokens that an edit touches. `mean`: as `drop`, plus
+    the SAE's recorded mean error. None: `keep`, or with `splice`, which drops it everywhere, nothing."""
     norm: str | Cap | Mapping[str, float] | None = None
     """After all edits of a site, on the tokens that they touch: `preserve` makes ‖x'‖ = ‖x‖, so that only the direction
     changes; `{"cap": f}`, kept as a `Cap`, makes ‖x' - x‖ ≤ f · ‖x‖. A token of norm 0 stays as it is."""
+    parallel: bool = False
+    """All blocks of a site see the same x; only with the error kept."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", tuple(self.edits))
         for edit in self.edits:
-            if not isinstance(edit, Edit):
+            if not isinstance(edit, (Edit, VectorEdit)):
                 raise ArgumentError(
                     f"{edit!r} is no edit; expected an Edit such as steer(...), clamp(...) or ablate(...)."
                 )
         if self.error is not None and self.error not in ERRORS:
-            raise ArgumentError(f"error={self.error!r} is unknown; expected 'keep' or 'drop'.")
+            raise ArgumentError(f"error={self.error!r} is unknown; expected one of {', '.join(ERRORS)}.")
         object.__setattr__(self, "norm", _norm(self.norm))
-        if not isinstance(self.splice, bool):
-            raise ArgumentError(f"splice={self.splice!r}; True or False is expected.")
+        for name in ("splice", "parallel"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}={getattr(self, name)!r}; True or False is expected.")
         if self.splice and self.error == "keep":
             raise ArgumentError(
                 "splice=True puts the reconstruction in, error='keep' leaves the error there: together they are the "
                 "unspliced model. Leave one of them out."
             )
+        if self.drops_error:
+            if self.parallel:
+                raise ArgumentError(
+                    "parallel=True adds changes up, and a dropped error is none. Leave one of them out."
+                )
+            if any(isinstance(edit, Edit) and edit.mode == "readback" for edit in self.edits):
+                raise ArgumentError(
+                    "mode='readback' solves for a change of x, so the error is kept. Leave one of them out."
+                )
 
     @staticmethod
-    def of(edits: Program | Edit | Iterable[Edit], splice: bool = False, error: str | None = None) -> Program:
+    def of(edits: Program | AnyEdit | Iterable[AnyEdit], splice: bool = False, error: str | None = None) -> Program:
         """A program from what a call was given: edits, a single edit, or a whole program, which the others add to."""
         if isinstance(edits, Program):
             return replace(edits, splice=splice or edits.splice, error=error or edits.error)
-        return Program(edits=(edits,) if isinstance(edits, Edit) else tuple(edits), splice=splice, error=error)
+        many = (edits,) if isinstance(edits, (Edit, VectorEdit)) else tuple(edits)
+        return Program(edits=many, splice=splice, error=error)
 
     @property
     def drops_error(self) -> bool:
-        """Whether a touched token becomes the pure reconstruction."""
-        return self.splice or self.error == "drop"
+        """Whether a touched token becomes the reconstruction, with or without the mean error."""
+        return self.splice or self.error in ("drop", "mean")
 
     def to_json(self) -> str:
         """The program as JSON; `from_json` gives an equal one back."""
         data: dict[str, Any] = {
             "schema": SCHEMA,
-            "edits": [_edit_to_dict(edit) for edit in self.edits],
+            "edits": [edit.to_data() for edit in self.edits],
             "splice": self.splice,
             "error": self.error,
         }
         if self.norm is not None:
             data["norm"] = {"cap": self.norm.limit} if isinstance(self.norm, Cap) else self.norm
+        if self.parallel:
+            data["parallel"] = True
         return json.dumps(data, indent=1, allow_nan=False)
 
     @staticmethod
@@ -279,50 +398,25 @@ class Program:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise FormatError(f"the program is not JSON: {error}. Write what Program.to_json() gives.") from None
-        _check_fields(data, "program", {"schema", "edits", "splice", "error", "norm"}, {"schema", "edits"})
-        if data["schema"] != SCHEMA:
-            raise FormatError(f"the program's schema is {data['schema']!r}; this version reads schema {SCHEMA}.")
+        known = {"schema", "edits", "splice", "error", "norm", "parallel"}
+        check_fields(data, "program", known, {"schema", "edits"})
+        if isinstance(data["schema"], bool) or data["schema"] != SCHEMA:
+            raise FormatError(f"the program's schema is {short(data['schema'])}; this version reads schema {SCHEMA}.")
         if not isinstance(data["edits"], list):
-            raise FormatError(f"program.edits is {data['edits']!r}; a list is expected.")
-        if not isinstance(data.get("splice", False), bool):
-            raise FormatError(f"program.splice is {data['splice']!r}; true or false is expected.")
-        edits = tuple(_edit_from_dict(edit, f"edits[{i}]") for i, edit in enumerate(data["edits"]))
+            raise FormatError(f"program.edits is {short(data['edits'])}; a list is expected.")
+        check_kinds(data, "program", bool, ("splice", "parallel"))
+        edits = tuple(_edit_from_data(edit, f"edits[{i}]") for i, edit in enumerate(data["edits"]))
         try:
-            return Program(
-                edits=edits, splice=data.get("splice", False), error=data.get("error"), norm=data.get("norm")
-            )
+            fields = {name: value for name, value in data.items() if name not in ("schema", "edits")}
+            return Program(edits=edits, **fields)
         except (ArgumentError, TypeError) as error:
             raise FormatError(f"program: {error}") from None
 
 
-def _integers(values: Iterable[Any], what: str) -> tuple[int, ...]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise ArgumentError(f"{what} are {values!r}; whole numbers are expected.")
-    result = []
-    for value in values:
-        try:
-            if isinstance(value, bool):
-                raise TypeError
-            result.append(operator.index(value))
-        except TypeError:
-            raise ArgumentError(f"{value!r} among the {what} is no whole number.") from None
-    return tuple(result)
-
-
-def _range(given: Any) -> tuple[int, int | None]:
-    """(start, stop) of `positions`; stop may be None."""
-    try:
-        start, stop = given
-    except (TypeError, ValueError):
-        raise ArgumentError(
-            f"positions={given!r} in a Where; (start, stop) is expected, stop None for no end."
-        ) from None
-    start, *rest = _integers([start] if stop is None else [start, stop], "positions")
-    if start < 0 or (rest and rest[0] <= start):
-        raise ArgumentError(
-            f"positions={given!r} hold no token; 0 <= start < stop is expected, counted from the row's first."
-        )
-    return start, rest[0] if rest else None
+def _edit_from_data(data: Any, path: str) -> AnyEdit:
+    if isinstance(data, dict) and "vector" in data:
+        return VectorEdit.from_data(data, path)
+    return Edit.from_data(data, path)
 
 
 def _norm(given: Any) -> str | Cap | None:
@@ -331,72 +425,6 @@ def _norm(given: Any) -> str | Cap | None:
     if isinstance(given, Mapping) and set(given) == {"cap"}:
         return Cap(given["cap"])
     raise ArgumentError(f"norm={given!r} is unknown; expected 'preserve' or {{'cap': a number above 0}}.")
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def _check_fields(data: Any, path: str, known: set[str], required: set[str]) -> None:
-    if not isinstance(data, dict):
-        raise FormatError(f"{path} is {data!r}; an object is expected.")
-    unknown, missing = set(data) - known, required - set(data)
-    if unknown or missing:
-        problem = f"has unknown fields {sorted(unknown)}" if unknown else f"lacks {sorted(missing)}"
-        raise FormatError(f"{path} {problem}; expected are {sorted(known)}.")
-
-
-def _edit_to_dict(edit: Edit) -> dict[str, Any]:
-    data: dict[str, Any] = {"op": edit.op, "latents": list(edit.latents)}
-    if edit.value is not None:
-        data |= {"value": edit.value, "unit": edit.unit}
-    if edit.active_only:
-        data["active_only"] = True
-    if edit.site is not None:
-        data["site"] = edit.site
-    if edit.where != EVERYWHERE:
-        data["where"] = _where_to_dict(edit.where)
-    return data
-
-
-def _where_to_dict(where: Where) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    if where.tokens is None and not (where.prompt and where.generation):
-        data |= {"prompt": where.prompt, "generation": where.generation}
-    for name in _WHERE_LISTS:
-        if (values := getattr(where, name)) is not None:
-            data[name] = list(values)
-    if where.special:
-        data["special"] = True
-    return data
-
-
-_WHERE_LISTS = ("tokens", "positions", "token_ids", "rows")
-_WHERE_SWITCHES = ("prompt", "generation", "special")
-
-
-def _edit_from_dict(data: Any, path: str) -> Edit:
-    known = {"op", "latents", "value", "unit", "active_only", "site", "where"}
-    _check_fields(data, path, known, {"op", "latents"})
-    if not isinstance(data.get("site"), (str, type(None))):
-        raise FormatError(f"{path}.site is {data['site']!r}; a string is expected.")
-    for name in ("op", "unit"):
-        if not isinstance(data.get(name, ""), str):
-            raise FormatError(f"{path}.{name} is {data[name]!r}; a string is expected.")
-    where = EVERYWHERE
-    try:
-        if "where" in data:
-            _check_fields(data["where"], f"{path}.where", {*_WHERE_LISTS, *_WHERE_SWITCHES}, set())
-            fields = dict(data["where"])
-            for name in _WHERE_SWITCHES:
-                if name in fields and not isinstance(fields[name], bool):
-                    raise FormatError(f"{path}.where.{name} is {fields[name]!r}; true or false is expected.")
-            if fields.get("tokens") is not None and {"prompt", "generation"} & set(fields):
-                raise FormatError(f"{path}.where names tokens and more: {fields}. Leave out prompt and generation.")
-            where = Where(**fields)
-        return Edit(**{**data, "where": where})
-    except (ArgumentError, LatentError) as error:
-        raise FormatError(f"{path}: {error}") from None
 
 
 def _edit(op: str, latents: int | Sequence[int], where: Where | None, **fields: Any) -> Edit:
@@ -410,13 +438,19 @@ def steer(
     unit: str = "raw",
     site: str | None = None,
     where: Where | None = None,
-    active_only: bool = False,
+    **more: Any,
 ) -> Edit:
     """Add `amount` to the latent, also where it is silent: x' = x + amount · W_dec[latent].
 
-    `unit`: `raw`, `max` (times the recorded maximum) or `norm` (times the norm of the token's activation).
+    Args:
+        latent: one latent, or several.
+        amount: in `unit`, one of `UNITS`: `raw`, `max` (times the recorded maximum), `norm` (times the norm of the token's
+            activation), `quantile` of its recorded activations, `kl` (`hooked.calibrate`).
+        site: the attached SAE meant; None where only one is attached.
+        where: which tokens; None: all of the mask.
+        more: the other fields of `Edit`: when, schedule, active_only, mode.
     """
-    return _edit("add", latent, where, value=amount, unit=unit, site=site, active_only=active_only)
+    return _edit("add", latent, where, value=amount, unit=unit, site=site, **more)
 
 
 def clamp(
@@ -425,29 +459,25 @@ def clamp(
     unit: str = "raw",
     site: str | None = None,
     where: Where | None = None,
-    active_only: bool = False,
+    **more: Any,
 ) -> Edit:
-    """Set the latent to `value`, whatever it was: x' = x + (value - z) · W_dec[latent]."""
-    return _edit("set", latent, where, value=value, unit=unit, site=site, active_only=active_only)
+    """Set the latent to `value`, whatever it was: x' = x + (value - z) · W_dec[latent]. Arguments as for `steer`."""
+    return _edit("set", latent, where, value=value, unit=unit, site=site, **more)
 
 
 set_ = clamp
 
 
 def scale(
-    latent: int | Sequence[int],
-    factor: float,
-    site: str | None = None,
-    where: Where | None = None,
-    active_only: bool = False,
+    latent: int | Sequence[int], factor: float, site: str | None = None, where: Where | None = None, **more: Any
 ) -> Edit:
-    """Multiply the latent by `factor`: x' = x + (factor - 1) · z · W_dec[latent]."""
-    return _edit("scale", latent, where, value=factor, site=site, active_only=active_only)
+    """Multiply the latent by `factor`: x' = x + (factor - 1) · z · W_dec[latent]. `more` as for `steer`."""
+    return _edit("scale", latent, where, value=factor, site=site, **more)
 
 
-def ablate(latents: int | Sequence[int], site: str | None = None, where: Where | None = None) -> Edit:
-    """Set the latents to 0: x' = x - Σ z · W_dec[latent]."""
-    return _edit("ablate", latents, where, site=site)
+def ablate(latents: int | Sequence[int], site: str | None = None, where: Where | None = None, **more: Any) -> Edit:
+    """Set the latents to 0: x' = x - Σ z · W_dec[latent]. `more` as for `steer`."""
+    return _edit("ablate", latents, where, site=site, **more)
 
 
 def at_least(
@@ -456,10 +486,10 @@ def at_least(
     unit: str = "raw",
     site: str | None = None,
     where: Where | None = None,
-    active_only: bool = False,
+    **more: Any,
 ) -> Edit:
-    """Raise the latent to `value` where it is below: z' = max(z, value), the op `min`."""
-    return _edit("min", latent, where, value=value, unit=unit, site=site, active_only=active_only)
+    """Raise the latent to `value` where it is below: z' = max(z, value), the op `min`. Arguments as for `steer`."""
+    return _edit("min", latent, where, value=value, unit=unit, site=site, **more)
 
 
 def at_most(
@@ -468,19 +498,68 @@ def at_most(
     unit: str = "raw",
     site: str | None = None,
     where: Where | None = None,
-    active_only: bool = False,
+    **more: Any,
 ) -> Edit:
-    """Lower the latent to `value` where it is above: z' = min(z, value), the op `max`."""
-    return _edit("max", latent, where, value=value, unit=unit, site=site, active_only=active_only)
+    """Lower the latent to `value` where it is above: z' = min(z, value), the op `max`. Arguments as for `steer`."""
+    return _edit("max", latent, where, value=value, unit=unit, site=site, **more)
 
 
-def to_mean(
-    latents: int | Sequence[int], site: str | None = None, where: Where | None = None, active_only: bool = False
+def to_mean(latents: int | Sequence[int], site: str | None = None, where: Where | None = None, **more: Any) -> Edit:
+    """Set the latents to their recorded mean activations; the SAE needs statistics. `more` as for `steer`."""
+    return _edit("mean", latents, where, site=site, **more)
+
+
+def resample(
+    latents: int | Sequence[int],
+    source: tuple[int, int],
+    site: str | None = None,
+    where: Where | None = None,
+    **more: Any,
 ) -> Edit:
-    """Set the latents to their recorded mean activations; the SAE needs statistics."""
-    return _edit("mean", latents, where, site=site, active_only=active_only)
+    """Set the latents to what they are at another token of the input, `source` = (row, token; negative from its end), as
+    x reaches the SAE there. `more` as for `steer`."""
+    return _edit("resample", latents, where, source=source, site=site, **more)
 
 
-def keep_only(latents: int | Sequence[int], site: str | None = None, where: Where | None = None) -> Edit:
-    """Set all latents but these to 0: x' = x - Σ z · W_dec over the others."""
-    return _edit("keep_only", latents, where, site=site)
+def swap(a: int, b: int, site: str | None = None, where: Where | None = None, **more: Any) -> Edit:
+    """Exchange the activations of two latents. `more` as for `steer`."""
+    return _edit("swap", (a, b), where, site=site, **more)
+
+
+def keep_only(latents: int | Sequence[int], site: str | None = None, where: Where | None = None, **more: Any) -> Edit:
+    """Set all latents but these to 0: x' = x - Σ z · W_dec over the others. `more` as for `steer`."""
+    return _edit("keep_only", latents, where, site=site, **more)
+
+
+def _vector_edit(op: str, vector: Any, where: Where | None, **fields: Any) -> VectorEdit:
+    return VectorEdit(op=op, vector=vector, where=EVERYWHERE if where is None else where, **fields)
+
+
+def add_vector(
+    vector: Any,
+    amount: float = 1.0,
+    unit: str = "raw",
+    site: str | None = None,
+    where: Where | None = None,
+    **more: Any,
+) -> VectorEdit:
+    """x' = x + amount · v; in unit `norm` x + amount · ‖x‖ · v / ‖v‖. `vector`: 1-D, the site's width; `more` as for `steer`
+    but for active_only and mode."""
+    return _vector_edit("add", vector, where, value=amount, unit=unit, site=site, **more)
+
+
+def project_out(vector: Any, site: str | None = None, where: Where | None = None, **more: Any) -> VectorEdit:
+    """x without its component along the vector. Arguments as for `add_vector`."""
+    return _vector_edit("project_out", vector, where, site=site, **more)
+
+
+def cap_along(
+    vector: Any,
+    limit: float,
+    unit: str = "raw",
+    site: str | None = None,
+    where: Where | None = None,
+    **more: Any,
+) -> VectorEdit:
+    """The component of x along v / ‖v‖ is at most `limit`; in unit `norm`, limit · ‖x‖. Arguments as for `add_vector`."""
+    return _vector_edit("cap", vector, where, value=limit, unit=unit, site=site, **more)

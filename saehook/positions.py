@@ -7,7 +7,7 @@ counts calls, so a run with cache, without cache, or with several tokens a step 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,26 +15,56 @@ from torch import Tensor
 
 from saehook.config import MaskRule
 from saehook.errors import ArgumentError
-from saehook.interventions import Where
+from saehook.interventions import AnyEdit, Edit
+from saehook.row_text import RowText
 from saehook.tokenization import is_outlier, keep_mask
+from saehook.where import EVERYWHERE, Where
 
 
 class Positions:
     """The input of one run: rows of ids [n_rows, length] with their attention mask."""
 
-    def __init__(self, ids: Tensor, attention_mask: Tensor | None, special: Sequence[int], expansion: int = 1) -> None:
-        """`expansion`: rows the model runs per input row (beams, return sequences), next to each other as in HF."""
+    def __init__(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        special: Sequence[int],
+        expansion: int = 1,
+        *,
+        bos: int | None = None,
+        roles: list[list[str] | None] | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+        reorders: bool = False,
+    ) -> None:
+        """`expansion`: rows the model runs per input row (beams, return sequences), next to each other as in HF. `roles`: of
+        each row's own tokens. `decode`: ids as text. `reorders`: rows change places during the run, as beams do."""
         attended = torch.ones_like(ids) if attention_mask is None else attention_mask
-        self.special = tuple(special)
+        self.ids = ids
+        self.special, self.bos = tuple(special), bos
         self.length = ids.shape[1]
         self.expansion = expansion
+        self.reorders = reorders
         self.attended = attended.bool().repeat_interleave(expansion, 0)
         self.keep = keep_mask(ids, attended, special).repeat_interleave(expansion, 0)
         self.seen = 0
         """Positions that some pass has processed already; without a cache they come again, and reports count them once."""
+        self._roles, self._decode = roles, decode
+        self._text: RowText | None = None
+
+    def check_edit(self, edit: AnyEdit) -> None:
+        """Raises ArgumentError if an edit names a row that the input lacks, a token that one of its rows lacks, roles where
+        none are known, or looks back along beams."""
+        self.check(edit.where)
+        if isinstance(edit, Edit) and edit.source is not None:
+            self.column(*edit.source)
+        if self.reorders and edit.when is not None and edit.when.looks_back:
+            raise ArgumentError(
+                f"beams change places while they are generated, so what came before is not known to the condition "
+                f"{edit.when}. Use a latent's value at the token itself or its prompt_max, or generate without beams."
+            )
 
     def check(self, where: Where) -> None:
-        """Raises ArgumentError if `where` names a row that the input lacks, or a token that one of its rows lacks."""
+        """Raises ArgumentError if `where` cannot be meant for this input; see `check_edit`."""
         n_rows = len(self.attended) // self.expansion
         if where.rows is not None and max(where.rows) >= n_rows:
             raise ArgumentError(
@@ -42,6 +72,55 @@ class Positions:
             )
         if where.tokens is not None:
             self.token_mask(where.tokens, where.rows)
+        if where.roles is not None:
+            self.role_mask(where.roles)
+        if where.pattern is not None:
+            if self.reorders and where.generation and where.tokens is None:
+                raise ArgumentError(
+                    "beams change places while they are generated, so their text is not known to a pattern. Restrict it to "
+                    "the prompt, Where(pattern=..., generation=False), or generate without beams."
+                )
+            if self._decode is None:
+                raise ArgumentError("a pattern needs a tokenizer, and this run has none.")
+            if self._text is None:
+                self._text = RowText(self.ids.repeat_interleave(self.expansion, 0), self.attended, self._decode)
+
+    @property
+    def text(self) -> RowText:
+        """What the rows say; there once a `Where` with a pattern was checked."""
+        assert self._text is not None
+        return self._text
+
+    def column(self, row: int, token: int) -> tuple[int, int]:
+        """(row, column) among the rows that run of a token of the input, counted among its row's own, negative from its end.
+
+        Raises:
+            ArgumentError: there is no such row or token.
+        """
+        n_rows = len(self.attended) // self.expansion
+        if not 0 <= row < n_rows:
+            raise ArgumentError(f"row {row} is outside the {n_rows} rows of the input: expected 0..{n_rows - 1}.")
+        self.token_mask((token,), (row,))
+        place = row * self.expansion
+        return place, int(self.attended[place].nonzero()[token, 0])
+
+    def role_mask(self, roles: tuple[str, ...]) -> Tensor:
+        """[rows, length], True at the input's tokens in messages of one of these roles.
+
+        Raises:
+            ArgumentError: a row is no conversation, or its chat template does not show whose its tokens are.
+        """
+        mask = torch.zeros_like(self.attended)
+        for place, attended in enumerate(self.attended):
+            row = place // self.expansion
+            known = self._roles[row] if self._roles is not None else None
+            if known is None:
+                raise ArgumentError(
+                    f"roles={roles}, and whose the tokens of row {row} are is not known: it is no list of messages "
+                    "({'role': ..., 'content': ...}), or the chat template does not write them one after another."
+                )
+            mask[place, attended] = torch.tensor([role in roles for role in known], device=mask.device)
+        return mask
 
     @functools.cached_property
     def shortest(self) -> int:
@@ -78,6 +157,8 @@ class Positions:
     def view(self, past: int, ids: Tensor) -> TokenView:
         """The tokens of one forward pass: `ids` [rows, n], which stand at positions past .. past + n - 1."""
         view = TokenView(self, past, ids, fresh=max(0, self.seen - past))
+        if self._text is not None and view.n_generated:
+            self._text.note(max(0, past - self.length), ids[:, view.n_prompt :])
         self.seen = max(self.seen, past + ids.shape[1])
         return view
 
@@ -99,12 +180,12 @@ class TokenView:
         self.n_generated = n - self.n_prompt
         self._keep: Tensor | None = None
 
-    def mask(self, rule: MaskRule, norm: Tensor, *, special: bool = False) -> Tensor:
-        """The mask of an SAE with that rule, [rows, n] bool, on the device of `norm` = ‖x‖ [rows, n] at its site.
-
-        `special`: special tokens, too.
-        """
-        keep = self.attended if special else self.keep
+    def mask(self, rule: MaskRule, norm: Tensor, where: Where = EVERYWHERE) -> Tensor:
+        """The mask of an SAE with that rule, [rows, n] bool, on the device of `norm` = ‖x‖ [rows, n] at its site; with the
+        special tokens that `where` includes."""
+        keep = self.attended if where.special else self.keep
+        if where.bos and self.run.bos is not None:
+            keep = keep | (self.attended & (self.ids.to(keep.device) == self.run.bos))
         if rule.skip_first_tokens:
             keep = keep & (self.index >= rule.skip_first_tokens)
         keep = keep.to(norm.device)
@@ -171,7 +252,20 @@ class TokenView:
             selected = selected & (index >= start)
             if stop is not None:
                 selected = selected & (index < stop)
+        if where.roles is not None:
+            prompt = self.run.role_mask(where.roles)[:, self.past : self.past + self.n_prompt]
+            new = "assistant" in where.roles
+            selected = selected & torch.nn.functional.pad(prompt, (0, self.n_generated), value=new).to(keep.device)
+        if where.pattern is not None:
+            selected = selected & self._matching(where.pattern).to(keep.device)
         if where.token_ids is not None:
             ids = torch.tensor(where.token_ids, dtype=self.ids.dtype)
             selected = selected & torch.isin(self.ids, ids.to(self.ids.device)).to(keep.device)
         return selected
+
+    def _matching(self, pattern: str) -> Tensor:
+        """[rows, n] bool: tokens whose text takes part in a match."""
+        text = self.run.text
+        behind = max(0, self.past - self.run.length)
+        prompt = text.prompt_mask(pattern)[:, self.past : self.past + self.n_prompt]
+        return torch.cat([prompt, text.generated_mask(pattern, behind, behind + self.n_generated)], 1)

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from saehook.errors import ArgumentError
-from saehook.interventions import Edit
+from saehook.interventions import AnyEdit, Edit
 
 
 class EditReport(NamedTuple):
     """What one edit did in one run, all rows together."""
 
-    edit: Edit
+    edit: AnyEdit
     tokens: int
     """Tokens that it selected."""
     dose: float
     """Mean of ‖Δ‖/‖x‖ over them: how large the change is against the activation."""
+    residual: float | None = None
+    """With `mode='readback'`: mean of |encode(x') - z'| over them and its latents, how far the write is from what was asked."""
 
 
 class SiteReport(NamedTuple):
@@ -42,19 +44,32 @@ class Report:
     def notes(self) -> list[str]:
         """One sentence for each edit that did nothing."""
         notes = []
-        for number, (edit, tokens, dose) in enumerate(self.edits, 1):
+        for number, (edit, tokens, dose, _) in enumerate(self.edits, 1):
             if tokens == 0:
-                check = "Check where=, or whether the latent is ever active." if edit.active_only else "Check where=."
+                checks = ["where="]
+                if edit.when is not None:
+                    checks.append("when=")
+                if isinstance(edit, Edit) and edit.active_only:
+                    checks.append("whether the latent is ever active")
+                check = f"Check {', or '.join(checks)}."
                 notes.append(f"edit {number} ({edit}) selected no token, so it did nothing. {check}")
             elif dose == 0:
                 notes.append(
-                    f"edit {number} ({edit}) changed nothing on the {tokens} tokens it selected: the latent already had "
-                    "that value there."
+                    f"edit {number} ({edit}) changed nothing on the {tokens} tokens it selected: "
+                    + (
+                        "the latent already had that value there."
+                        if isinstance(edit, Edit)
+                        else "x was like that already."
+                    )
                 )
         return notes
 
     def __str__(self) -> str:
-        lines = [f"{e.edit}: {e.tokens} tokens, ‖Δ‖/‖x‖ {e.dose:.3f}" for e in self.edits]
+        lines = [
+            f"{e.edit}: {e.tokens} tokens, ‖Δ‖/‖x‖ {e.dose:.3f}"
+            + ("" if e.residual is None else f", read back to within {e.residual:.2g}")
+            for e in self.edits
+        ]
         lines += [f"{s.site}: {s.tokens} tokens, ‖x'-x‖/‖x‖ {s.dose:.3f}" for s in self.sites]
         return "\n".join(lines) or "nothing was edited"
 

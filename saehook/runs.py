@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saehook.errors import ArgumentError, ContextLengthError, NoEffectWarning
-from saehook.interventions import Edit, Program
+from saehook.interventions import AnyEdit, Program
 from saehook.positions import Positions
 from saehook.results import Generation, Report
 from saehook.tokenization import Batch, special_ids, to_batch
@@ -62,18 +62,25 @@ class Runs:
                 arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
         return arguments
 
-    def _positions(self, batch: Batch, program: Program, expansion: int = 1) -> Positions:
+    def _positions(self, batch: Batch, program: Program, expansion: int = 1, *, reorders: bool = False) -> Positions:
         positions = Positions(
-            batch.ids.to(self.device), batch.attention_mask.to(self.device), special_ids(self.tokenizer), expansion
+            batch.ids.to(self.device),
+            batch.attention_mask.to(self.device),
+            special_ids(self.tokenizer),
+            expansion,
+            bos=self.tokenizer.bos_token_id,
+            roles=batch.roles,
+            decode=lambda ids: self.tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+            reorders=reorders,
         )
         for edit in program.edits:
-            positions.check(edit.where)  # what a row lacks is an error before anything runs
+            positions.check_edit(edit)  # what a row lacks is an error before anything runs
         return positions
 
     def __call__(
         self,
         x: Any,
-        edits: Program | Edit | Iterable[Edit] = (),
+        edits: Program | AnyEdit | Iterable[AnyEdit] = (),
         splice: bool = False,
         error: str | None = None,
         attention_mask: Tensor | None = None,
@@ -82,7 +89,8 @@ class Runs:
         """One forward pass: the Hugging Face model's own output object, in the caller's grad mode.
 
         Args:
-            x: text, a list of ids, a 1-D tensor; or a list of those, or a 2-D tensor. Rows are padded on the left.
+            x: text, a list of ids, a 1-D tensor, a conversation (`[{"role": ..., "content": ...}, ...]`, by the
+                tokenizer's chat template); or a list of those, or a 2-D tensor. Rows are padded on the left.
             edits: edits, or a `Program`; see `saehook.interventions`. Each names its site where several SAEs are attached.
             splice: put every attached SAE's reconstruction in, edits included.
             error: `keep` (default) or `drop` the reconstruction error on edited tokens.
@@ -99,7 +107,7 @@ class Runs:
         return output
 
     def loss(
-        self, x: Any, edits: Program | Edit | Iterable[Edit] = (), splice: bool = False, error: str | None = None
+        self, x: Any, edits: Program | AnyEdit | Iterable[AnyEdit] = (), splice: bool = False, error: str | None = None
     ) -> float:
         """Mean cross-entropy in nats over every next token of every row, as Hugging Face's `labels=` gives it."""
         program = Program.of(edits, splice, error)
@@ -123,7 +131,7 @@ class Runs:
     def generate(
         self,
         x: Any,
-        edits: Program | Edit | Iterable[Edit] = (),
+        edits: Program | AnyEdit | Iterable[AnyEdit] = (),
         splice: bool = False,
         error: str | None = None,
         seed: int | None = None,
@@ -180,7 +188,7 @@ class Runs:
                     torch.manual_seed(seed)
                 return self.lm.generate(input_ids=ids, attention_mask=mask, **hf)
 
-        positions = self._positions(batch, program, beams if beams > 1 else returned)
+        positions = self._positions(batch, program, beams if beams > 1 else returned, reorders=beams > 1)
         with torch.no_grad():
             output, report = self._call(call, program, positions)
         sequences = (output if isinstance(output, Tensor) else output.sequences).cpu()

@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from saehook.errors import ArgumentError
 from saehook.hooked_model import lock_of
-from saehook.interventions import Edit, Program
+from saehook.interventions import AnyEdit, Program
 from saehook.results import Generation
 from saehook.runs import Runs
 
@@ -38,7 +38,7 @@ def stream(
     hooked: Runs,
     x: Any,
     *,
-    edits: Program | Edit | Iterable[Edit] = (),
+    edits: Program | AnyEdit | Iterable[AnyEdit] = (),
     splice: bool = False,
     error: str | None = None,
     seed: int | None = None,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from saehook.config import MaskRule
+from saehook.conversation import conversation_ids, is_conversation
 from saehook.corpus import Document, update_text_hash
 from saehook.dataset_text import DatasetText
 from saehook.errors import ArgumentError
@@ -161,6 +162,8 @@ class Batch:
     """[rows, length] int64, 0 at padding."""
     single: bool
     """Whether the caller gave one row and not a list of rows."""
+    roles: list[list[str] | None] | None = None
+    """Of rows that are conversations: the role of each of their own tokens, where the chat template shows it."""
 
     @property
     def padded(self) -> bool:
@@ -168,8 +171,12 @@ class Batch:
         return not bool(self.attention_mask.all())
 
 
-def _row(x: Any, tokenizer: Any) -> Tensor:
-    """One row: text, a list of ids, or a 1-D tensor."""
+def _row(x: Any, tokenizer: Any, roles: list[list[str] | None]) -> Tensor:
+    """One row: text, a conversation, a list of ids, or a 1-D tensor. Its roles go to `roles`."""
+    found = None
+    if is_conversation(x):
+        x, found = conversation_ids(x, tokenizer)
+    roles.append(found)
     if isinstance(x, str):
         if not x:
             raise ArgumentError("the prompt is empty. Give some text, or ids.")
@@ -186,10 +193,11 @@ def _row(x: Any, tokenizer: Any) -> Tensor:
 
 
 def to_batch(x: Any, tokenizer: Any, *, vocab_size: int, attention_mask: Tensor | None = None) -> Batch:
-    """What a user gives as a padded batch: text, ids, or a list of either; a 2-D tensor is a batch as it stands.
+    """What a user gives as a padded batch: text, ids, a conversation, or a list of those; a 2-D tensor is a batch as it
+    stands.
 
-    Text becomes ids by `tokenizer(text)`; ids are used as they are. With `attention_mask` (same shape as a 2-D `x`) the
-    padding is the caller's.
+    Text becomes ids by `tokenizer(text)`, a conversation by its chat template; ids are used as they are. With
+    `attention_mask` (same shape as a 2-D `x`) the padding is the caller's.
 
     Raises:
         ArgumentError: empty input, something that is no input, ids outside the vocabulary, a mask that does not fit.
@@ -197,18 +205,20 @@ def to_batch(x: Any, tokenizer: Any, *, vocab_size: int, attention_mask: Tensor 
     if isinstance(x, np.ndarray):
         x = x.tolist()
     single = isinstance(x, str) or (isinstance(x, Tensor) and x.ndim == 1)
+    roles: list[list[str] | None] = []
     if isinstance(x, (list, tuple)):
         if not x:
             raise ArgumentError("the input is an empty list. Give at least one row.")
         single = all(isinstance(item, Integral) or (isinstance(item, Tensor) and item.ndim == 0) for item in x)
+        single = single or is_conversation(x)
     if isinstance(x, Tensor) and x.ndim == 2:
-        rows = [_row(row, tokenizer) for row in x]
+        rows = [_row(row, tokenizer, roles) for row in x]
         if not rows:
             raise ArgumentError(f"the input has shape {tuple(x.shape)}; at least one row is expected.")
     elif single or not isinstance(x, (list, tuple)):
-        rows = [_row(x, tokenizer)]
+        rows = [_row(x, tokenizer, roles)]
     else:
-        rows = [_row(row, tokenizer) for row in x]
+        rows = [_row(row, tokenizer, roles) for row in x]
     for row in rows:
         if int(row.min()) < 0 or int(row.max()) >= vocab_size:
             raise ArgumentError(
@@ -232,4 +242,4 @@ def to_batch(x: Any, tokenizer: Any, *, vocab_size: int, attention_mask: Tensor 
     for i, row in enumerate(rows):
         ids[i, length - len(row) :] = row
         mask[i, length - len(row) :] = 1
-    return Batch(ids, mask, single)
+    return Batch(ids, mask, single, roles if any(roles) else None)

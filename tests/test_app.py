@@ -32,8 +32,8 @@ from saehook.app.snippet import edit_code, snippet
 from saehook.app.token_strip import strip_value
 from saehook.app.visible_text import one_line, visible, visible_token
 from saehook.errors import ArgumentError, ContextLengthError, LatentError, SaehookError
-from saehook.interventions import EVERYWHERE
 from saehook.results import EditReport, Report
+from saehook.where import EVERYWHERE
 
 pytestmark = [
     # Gradio leaves event loops and sockets to the garbage collector.

@@ -19,25 +19,22 @@ from saehook.interventions import (
     NO_ACTIVE_ONLY,
     NO_UNIT,
     NO_VALUE,
-    OPS,
-    UNITS,
     Edit,
     Program,
-    Where,
     ablate,
     at_least,
     at_most,
     clamp,
-    generation,
     keep_only,
-    positions,
-    prompt,
     scale,
     steer,
     to_mean,
-    token_ids,
-    tokens,
 )
+from saehook.where import Where, generation, prompt, span, token_ids, tokens
+
+# Those of the reference in `reference_hooks.py`; the others are in test_programs.py.
+OPS = ("set", "add", "scale", "ablate", "min", "max", "mean", "keep_only")
+UNITS = ("raw", "max", "norm")
 
 pytestmark = pytest.mark.filterwarnings("ignore::saehook.errors.NoEffectWarning")
 
@@ -243,7 +240,7 @@ def test_the_mean_needs_statistics(models_by_name):
 def test_the_norm_is_preserved_or_capped(models_by_name, options):
     hooked, lm = attach(models_by_name, "gpt2")
     x = reference.read(lm, SITE, torch.tensor([IDS]))[0]
-    edits = [steer(9, 3.0, unit="norm", where=positions(2, 6)), steer(4, 0.01, where=positions(2, 4))]
+    edits = [steer(9, 3.0, unit="norm", where=span(2, 6)), steer(4, 0.01, where=span(2, 4))]
     free = site_values(hooked, IDS, Program(edits=edits, **options))[0]
     kept = site_values(hooked, IDS, Program(edits=edits, norm="preserve", **options))[0]
     capped = site_values(hooked, IDS, Program(edits=edits, norm={"cap": 0.3}, **options))[0]
@@ -266,6 +263,7 @@ def test_the_norm_is_preserved_or_capped(models_by_name, options):
 
 
 def test_norms_of_nothing():
+    from saehook.edit_blocks import LatentBlock
     from saehook.editing import EditAction
     from saehook.positions import Positions
 
@@ -277,13 +275,15 @@ def test_norms_of_nothing():
     x.requires_grad_()
     for norm in ("preserve", {"cap": 0.5}):
         program = Program(edits=[steer(3, 1.5)], norm=norm)
-        new = EditAction(sae, [(0, program.edits[0])], program)(x, Positions(ids, None, SPECIAL).view(0, ids))
+        action = EditAction([LatentBlock(sae, [(0, program.edits[0])], program)], program)
+        new = action(x, Positions(ids, None, SPECIAL).view(0, ids))
         assert torch.equal(new[0, 1], x[0, 1]), "a token of norm 0 stays"
         assert new.isfinite().all()
         assert torch.autograd.grad(new.sum(), x)[0].isfinite().all()
     program = Program(edits=[steer(3, 0.0)], norm="preserve")
     for same in (x, x * 1e30):  # the norm of the second is beyond float32
-        new = EditAction(sae, [(0, program.edits[0])], program)(same, Positions(ids, None, SPECIAL).view(0, ids))
+        action = EditAction([LatentBlock(sae, [(0, program.edits[0])], program)], program)
+        new = action(same, Positions(ids, None, SPECIAL).view(0, ids))
         assert torch.equal(new, same), "what no edit changes keeps its bits"
 
 

@@ -44,20 +44,9 @@ from saehook.errors import (
     SiteNotExecutedError,
 )
 from saehook.hooked_model import HookedModel
-from saehook.interventions import (
-    EVERYWHERE,
-    Edit,
-    Program,
-    ablate,
-    clamp,
-    generation,
-    prompt,
-    scale,
-    set_,
-    steer,
-    tokens,
-)
+from saehook.interventions import Edit, Program, ablate, clamp, scale, set_, steer
 from saehook.sae import SAE
+from saehook.where import EVERYWHERE, generation, prompt, tokens
 
 FEW = ["llama", "gpt2", "gpt_neox", "gemma2"]
 MORE = [*FEW, "qwen2", "gpt_neo", "gpt_neox_sequential", "gemma3_text", "phi3"]

@@ -14,34 +14,34 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import saehook
+from saehook.conditions import COMPARISONS, OVER, Comparison, latent
 from saehook.errors import ArgumentError, FormatError, LatentError
 from saehook.interventions import (
     ERRORS,
-    EVERYWHERE,
+    KL_OPS,
+    MODES,
     NO_ACTIVE_ONLY,
     NO_UNIT,
     NO_VALUE,
     OPS,
     UNITS,
+    VECTOR_OPS,
     Cap,
     Edit,
     Program,
-    Where,
+    VectorEdit,
     ablate,
     at_least,
     at_most,
     clamp,
-    generation,
     keep_only,
-    positions,
-    prompt,
     scale,
     set_,
     steer,
     to_mean,
-    token_ids,
-    tokens,
 )
+from saehook.schedules import Schedule
+from saehook.where import EVERYWHERE, Where, generation, prompt, span, token_ids, tokens
 
 # --- making edits ----------------------------------------------------------------------------------------------------
 
@@ -162,12 +162,12 @@ def test_where_objects():
         "generation",
         "tokens 0, -1",
     ]
-    assert positions(3, 8) == Where(positions=(3, 8))
-    assert positions(3).positions == (3, None)
+    assert span(3, 8) == Where(positions=(3, 8))
+    assert span(3).positions == (3, None)
     assert token_ids(7, 9).token_ids == (7, 9)
     several = Where(generation=False, positions=[0, 3], token_ids=[5], rows=[1, 2], special=True)  # type: ignore[arg-type]
     assert str(several) == "prompt, positions from 0 to before 3, ids 5, rows 1, 2, special ones included"
-    assert str(positions(3)) == "positions from 3"
+    assert str(span(3)) == "positions from 3"
     assert str(Where(special=True)) == "every token, special ones included"
     assert hash(several) == hash(dataclasses.replace(several))
 
@@ -188,10 +188,10 @@ def test_where_objects():
         (lambda: Where(generation=1), "generation=1|generation is 1"),  # type: ignore[arg-type]
         (lambda: Where(prompt=False, tokens=(0,)), "alone"),
         (lambda: Where(special=None), "special=None"),  # type: ignore[arg-type]
-        (lambda: positions(-1, 3), "hold no token"),
-        (lambda: positions(3, 3), "hold no token"),
-        (lambda: positions(1.5), "1.5 among the positions"),  # type: ignore[arg-type]
-        (lambda: positions(None), "None among the positions"),  # type: ignore[arg-type]
+        (lambda: span(-1, 3), "hold no token"),
+        (lambda: span(3, 3), "hold no token"),
+        (lambda: span(1.5), "1.5 among the positions"),  # type: ignore[arg-type]
+        (lambda: span(None), "None among the positions"),  # type: ignore[arg-type]
         (lambda: Where(positions=3), "start, stop"),  # type: ignore[arg-type]
         (lambda: Where(positions=(1, 2, 3)), "start, stop"),  # type: ignore[arg-type]
         (lambda: token_ids(), "token_ids=\\(\\)"),
@@ -234,7 +234,7 @@ def test_the_norm_of_a_program():
     [
         ({"edits": (3,)}, "3 is no edit"),
         ({"edits": (None,)}, "None is no edit"),
-        ({"error": "half"}, "'half' is unknown; expected 'keep' or 'drop'"),
+        ({"error": "half"}, "'half' is unknown; expected one of keep, drop, mean"),
         ({"error": False}, "False"),
         ({"splice": True, "error": "keep"}, "splice=True .* error='keep'"),
         ({"splice": "yes"}, "splice"),
@@ -270,22 +270,75 @@ wheres = st.builds(
     ),
     positions=st.none() | st.integers(0, 9).flatmap(lambda n: st.sampled_from([(n, None), (n, n + 1), (n, n + 7)])),
     token_ids=st.none() | numbers,
+    pattern=st.none() | st.sampled_from(["def", r"\bimport\s+\w+", "[äß]"]),
+    roles=st.none() | st.just(("user", "system")),
     rows=st.none() | numbers,
     special=st.booleans(),
+    bos=st.booleans(),
 )
+compared = st.one_of(
+    st.builds(latent, st.integers(0, 99), st.none() | st.text(max_size=9), st.sampled_from(OVER[:-1])),
+    st.builds(lambda i, decay: latent(i, over="decay", decay=decay), st.integers(0, 99), st.floats(0.01, 0.99)),
+)
+conditions = st.recursive(
+    st.builds(
+        lambda left, op, right: Comparison(op, left, right), compared, st.sampled_from(list(COMPARISONS)), finite
+    ),
+    lambda inner: st.one_of(
+        st.builds(lambda a, b: a & b, inner, inner),
+        st.builds(lambda a, b: a | b, inner, inner),
+        st.builds(lambda a: ~a, inner),
+        st.builds(lambda a, n: a.hold(n), inner, st.integers(1, 99)),
+    ),
+    max_leaves=4,
+)
+schedules = st.one_of(
+    st.builds(Schedule.linear, finite, finite, st.integers(1, 99)),
+    st.builds(Schedule.exponential, st.floats(0, 9)),
+    st.lists(finite, min_size=1, max_size=4).map(lambda factors: Schedule.steps(*factors)),
+)
+sites = st.none() | st.text(max_size=20)
 
 
 @st.composite
 def edits(draw: st.DrawFn) -> Edit:
     op = draw(st.sampled_from(OPS))
+    unit = "raw" if op in NO_UNIT else draw(st.sampled_from([u for u in UNITS if u != "kl" or op in KL_OPS]))
+    low = {"quantile": 0.0, "kl": 0.015625}.get(unit)
+    value = draw(finite if low is None else st.floats(low, 1.0, width=32))
     return Edit(
         op=op,
-        latents=tuple(draw(st.lists(st.integers(0, 2**40), min_size=1, max_size=4, unique=True))),
-        value=None if op in NO_VALUE else draw(finite),
-        unit="raw" if op in NO_UNIT else draw(st.sampled_from(UNITS)),
+        latents=tuple(
+            draw(
+                st.lists(
+                    st.integers(0, 2**40), min_size=1 + (op == "swap"), max_size=2 + 2 * (op != "swap"), unique=True
+                )
+            )
+        ),
+        value=None if op in NO_VALUE else value,
+        unit=unit,
         active_only=op not in NO_ACTIVE_ONLY and draw(st.booleans()),
-        site=draw(st.none() | st.text(max_size=20)),
+        mode="decoder" if op == "keep_only" else draw(st.sampled_from(MODES)),
+        source=(draw(st.integers(0, 9)), draw(st.integers(-9, 9))) if op == "resample" else None,
+        site=draw(sites),
         where=draw(wheres),
+        when=draw(st.none() | conditions),
+        schedule=None if op == "keep_only" else draw(st.none() | schedules),
+    )
+
+
+@st.composite
+def vector_edits(draw: st.DrawFn) -> VectorEdit:
+    op = draw(st.sampled_from(VECTOR_OPS))
+    return VectorEdit(
+        op=op,
+        vector=tuple(draw(st.lists(finite, min_size=1, max_size=4).filter(any))),
+        value=None if op == "project_out" else draw(finite),
+        unit="raw" if op == "project_out" else draw(st.sampled_from(["raw", "norm"])),
+        site=draw(sites),
+        where=draw(wheres),
+        when=draw(st.none() | conditions),
+        schedule=draw(st.none() | schedules),
     )
 
 
@@ -293,8 +346,13 @@ def edits(draw: st.DrawFn) -> Edit:
 def programs(draw: st.DrawFn) -> Program:
     splice = draw(st.booleans())
     error = draw(st.sampled_from([None, *ERRORS]).filter(lambda e: not (splice and e == "keep")))
+    drops = splice or error in ("drop", "mean")
+    made = draw(st.lists(st.one_of(edits(), vector_edits()), max_size=4))
+    if drops:
+        made = [dataclasses.replace(e, mode="decoder") if isinstance(e, Edit) else e for e in made]
     norm = draw(st.sampled_from([None, "preserve", Cap(0.25)]))
-    return Program(edits=tuple(draw(st.lists(edits(), max_size=4))), splice=splice, error=error, norm=norm)
+    parallel = not drops and draw(st.booleans())
+    return Program(edits=tuple(made), splice=splice, error=error, norm=norm, parallel=parallel)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

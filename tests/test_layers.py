@@ -15,10 +15,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "saehook"
 # line. `kernels/*` means every file of that folder; these may import each other.
 LAYERS = [
     "errors metrics kernels/*",
-    "config corpus dataset_text bundle files loggers",
-    "losses activation_fns interventions sites tokenization sweep run_state",
-    "sae positions optim batches",
-    "checkpoint editing results calibration methods",
+    "config corpus dataset_text bundle files loggers fields",
+    "losses activation_fns where conditions schedules interventions sites conversation tokenization sweep run_state",
+    "sae row_text positions optim batches tracks readback",
+    "checkpoint edit_blocks editing results edit_plan calibration methods",
     "runs hooked_saes hooked_model streaming trainer",
     "harvest activation_cache evaluation kl_tuning",
     "charts reports training_run",

@@ -21,10 +21,11 @@ from saehook.errors import ArgumentError
 from saehook.evaluation import evaluate, measure_stats
 from saehook.harvest import Shuffled, TextStream, activations_of, mask_rules, without_outliers
 from saehook.hooked_model import HookedModel
-from saehook.interventions import Program, ablate, generation, prompt, scale, steer, tokens
+from saehook.interventions import Program, ablate, scale, steer
 from saehook.sae import SAE
 from saehook.tokenization import keep_mask
 from saehook.training_run import train_saes
+from saehook.where import generation, prompt, tokens
 
 SITE, LATER = "layers.1.resid_post", "layers.2.mlp_out"
 IDS = random_ids(9, seed=5, bos=True)

@@ -8,9 +8,9 @@ from builders import BOS, EOS, PAD, SPECIAL
 
 from saehook.config import MaskRule
 from saehook.errors import ArgumentError
-from saehook.interventions import EVERYWHERE, Where, generation, prompt, token_ids, tokens
-from saehook.interventions import positions as from_to
 from saehook.positions import Positions, TokenView
+from saehook.where import EVERYWHERE, Where, generation, prompt, token_ids, tokens
+from saehook.where import span as from_to
 
 IDS = torch.tensor([[BOS, 11, 12, EOS, 13], [PAD, PAD, BOS, 21, 22]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
@@ -127,11 +127,11 @@ def test_however_the_row_is_cut_into_passes_the_same_tokens_are_meant(where, cut
     ids = torch.cat([IDS, torch.tensor([[31, EOS, 32], [33, 34, 35]])], 1)[:, : cuts[-1]]
     run = positions()
     view = run.view(0, ids)
-    whole = view.select(where, view.mask(rule, norms[:, : cuts[-1]], special=where.special))
+    whole = view.select(where, view.mask(rule, norms[:, : cuts[-1]], where))
     parts, past = [], 0
     for end in cuts:
         view = run.view(past, ids[:, past:end])
-        part = view.select(where, view.mask(rule, norms[:, past:end], special=where.special))
+        part = view.select(where, view.mask(rule, norms[:, past:end], where))
         assert view.may_select(where) or not part.any()
         parts.append(part)
         past = end
@@ -160,9 +160,9 @@ def test_positions_that_no_row_reaches_or_all_have_left_cost_nothing():
 def test_the_mask_with_special_tokens_has_no_padding():
     view = positions().view(0, torch.cat([IDS, torch.tensor([[31, EOS], [32, 33]])], 1))
     ones = torch.ones(2, 7)
-    assert view.mask(MaskRule(), ones, special=True).tolist() == [[True] * 7, [False] * 2 + [True] * 5]
+    assert view.mask(MaskRule(), ones, Where(special=True)).tolist() == [[True] * 7, [False] * 2 + [True] * 5]
     assert view.mask(MaskRule(), ones).sum(1).tolist() == [4, 4]
-    assert view.mask(MaskRule(skip_first_tokens=1), ones, special=True).sum(1).tolist() == [6, 4]
+    assert view.mask(MaskRule(skip_first_tokens=1), ones, Where(special=True)).sum(1).tolist() == [6, 4]
 
 
 def test_rows_are_checked_before_anything_runs():

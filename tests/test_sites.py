@@ -14,8 +14,9 @@ from saehook.config import MaskRule
 from saehook.editing import ReplaceAction
 from saehook.errors import ShapeError, SiteError
 from saehook.hooked_model import HookedModel
-from saehook.interventions import scale, steer, tokens
+from saehook.interventions import scale, steer
 from saehook.sites import KINDS, named_sites, resolve, same_site
+from saehook.where import tokens
 
 IDS = random_ids(7, seed=2, bos=True)
 BATCH = torch.tensor([IDS])

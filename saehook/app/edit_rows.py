@@ -11,7 +11,8 @@ import gradio as gr
 from saehook.app.limits import Limits
 from saehook.errors import ArgumentError, SaehookError
 from saehook.hooked_saes import HookedSAEs
-from saehook.interventions import EVERYWHERE, Edit, Program, Where, generation, prompt
+from saehook.interventions import Edit, Program
+from saehook.where import EVERYWHERE, Where, generation, prompt
 
 OPS = [("add (steer)", "add"), ("set (clamp)", "set"), ("scale", "scale"), ("ablate", "ablate")]
 UNITS = [("× ‖x‖ (norm)", "norm"), ("× its max", "max"), ("raw", "raw")]
@@ -126,7 +127,7 @@ def check_program(hooked: HookedSAEs, program: Program, n_prompt: int, limits: L
                 raise ArgumentError(
                     f"token {token} is outside the {n_prompt} tokens of the prompt: expected {-n_prompt}..{n_prompt - 1}."
                 )
-    hooked.actions(program)
+    hooked.plan(program)
 
 
 def _edit(row: EditRow, name_site: bool) -> Edit:

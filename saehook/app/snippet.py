@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from saehook.app.sampling import Sampling
 from saehook.hooked_saes import HookedSAEs
-from saehook.interventions import EVERYWHERE, Edit, Program, Where
+from saehook.interventions import Edit, Program
+from saehook.where import EVERYWHERE, Where
 
 CALLS = {"add": "steer", "set": "clamp", "scale": "scale", "ablate": "ablate"}
 
