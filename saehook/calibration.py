@@ -54,7 +54,7 @@ class Calibrator:
 
     @torch.no_grad()
     def update(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Add tokens [n, d_in], and what a transcoder shall make of them, [n, d_out]; no more than `max_tokens`."""
+        """Add tokens [n, d_in], for a transcoder with its targets [n, d_out]; those beyond `max_tokens` are left out."""
         left = self.max_tokens - self.tokens
         x = x[:left]
         self.inputs.update(x)
@@ -116,9 +116,9 @@ class Calibrator:
 
     @torch.no_grad()
     def _stats(self) -> LatentStats:
-        """`decode` is affine (no SAE in training normalises tokens), so the mean of x_hat is that of the mean activation.
+        """The mean of x_hat is `decode` of the mean activation, as `decode` is affine: no SAE in training normalises tokens.
 
-        It must be, for a BatchTopK: when the threshold is known, the tokens are gone.
+        When the threshold of a BatchTopK is known, the tokens themselves are gone.
         """
         assert self.sae.config.normalize == "none"
         assert self.firing.total is not None
