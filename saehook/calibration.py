@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from saehook.config import BatchTopK
-from saehook.metrics import Firing
-from saehook.sae import SAE, LatentStats
+from saehook.metrics import Firing, Histogram, Moments
+from saehook.sae import QUANTILE_LEVELS, SAE, LatentStats
 
 ENTRIES_AT_ONCE = 2**24
 """Pre-activations that are held in memory together."""
@@ -43,7 +43,9 @@ class Calibrator:
         self.sae = sae
         self.k = activation.k if isinstance(activation, BatchTopK) else None
         """Mean L0 that the threshold shall give; None for an SAE whose rule needs no calibration."""
-        self.firing = Firing()
+        self.firing, self.histogram = Firing(), Histogram(sae.d_sae, sae.device)
+        self.inputs = Moments()
+        self.targets = Moments() if sae.is_transcoder else self.inputs
         self.max_tokens = max_tokens
         self.tokens = 0
         self.values = torch.empty(0, device=sae.device)
@@ -51,14 +53,21 @@ class Calibrator:
         self._fired_before = torch.zeros((), dtype=torch.int64, device=sae.device)
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Add tokens [n, d_in]; those beyond `max_tokens` are left out."""
-        x = x[: self.max_tokens - self.tokens]
+    def update(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Add tokens [n, d_in], for a transcoder with its targets [n, d_out]; those beyond `max_tokens` are left out."""
+        left = self.max_tokens - self.tokens
+        x = x[:left]
+        self.inputs.update(x)
+        if self.sae.is_transcoder:
+            assert y is not None
+            self.targets.update(y[:left])
         for chunk in x.split(max(1, ENTRIES_AT_ONCE // self.sae.d_sae)):
             pre_acts = self.sae.pre_acts(chunk.to(self.sae.device)).float()
             self.tokens += chunk.shape[0]
             if self.k is None:
-                self.firing.update(self.sae.activate(pre_acts))
+                acts = self.sae.activate(pre_acts)
+                self.firing.update(acts)
+                self.histogram.update(acts)
             else:
                 self._keep_largest(pre_acts, self.k)
 
@@ -84,7 +93,7 @@ class Calibrator:
         if self.tokens == 0:
             return Calibration(0, None, None)
         if self.k is None:
-            sae.stats = stats_of(self.firing)
+            sae.stats = self._stats()
             return Calibration(self.tokens, self.firing.l0, None)
         before = int(self._fired_before) / self.tokens if sae.threshold is not None else None
         n = self.k * self.tokens + 1
@@ -92,7 +101,9 @@ class Calibrator:
         sae.set_threshold(threshold)
         above = self.values > threshold
         self.values, self.latents = self.values[above], self.latents[above]
-        sae.stats = stats_of(self._kept())
+        self.firing = self._kept()
+        self.histogram.add(self.values, self.latents)
+        sae.stats = self._stats()
         return Calibration(self.tokens, self.values.numel() / self.tokens, before)
 
     def _kept(self) -> Firing:
@@ -103,9 +114,21 @@ class Calibrator:
         maximum = zeros.scatter_reduce(0, latents, values, "amax")
         return Firing(self.tokens, count.cpu(), total.cpu(), maximum.float().cpu())
 
+    @torch.no_grad()
+    def _stats(self) -> LatentStats:
+        """The mean of x_hat is `decode` of the mean activation, as `decode` is affine: no SAE in training normalises tokens.
 
-def stats_of(firing: Firing) -> LatentStats:
-    """What an SAE's file says of its latents, from at least one token."""
+        When the threshold of a BatchTopK is known, the tokens themselves are gone.
+        """
+        assert self.sae.config.normalize == "none"
+        assert self.firing.total is not None
+        means = self.firing.total / self.tokens, self.inputs.mean
+        x_hat = self.sae.decode(*(mean.to(self.sae.device) for mean in means))
+        return stats_of(self.firing, self.histogram, self.targets.mean - x_hat.cpu())
+
+
+def stats_of(firing: Firing, histogram: Histogram, mean_error: Tensor) -> LatentStats:
+    """What an SAE's file says of it, from at least one token; `mean_error` is [d_out]."""
     assert firing.count is not None
     assert firing.total is not None
     assert firing.maximum is not None
@@ -114,4 +137,6 @@ def stats_of(firing: Firing) -> LatentStats:
         density=(firing.count / firing.tokens).float(),
         mean_act=(firing.total / firing.tokens).float(),
         tokens=firing.tokens,
+        quantiles=histogram.quantiles(QUANTILE_LEVELS, firing.maximum),
+        mean_error=mean_error.float(),
     )

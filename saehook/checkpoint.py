@@ -3,7 +3,11 @@
 The layout is SAELens' (version 6), so that the tools of the field open what we write: `cfg.json` and
 `sae_weights.safetensors` with `W_enc` [d_in, d_sae], `W_dec` [d_sae, d_out], `b_enc`, `b_dec`, for jumprelu `threshold`,
 and for a skip transcoder `W_skip` [d_out, d_in]. A BatchTopK is written as the jumprelu that it is at inference;
-`metadata.saehook` remembers what it was. Beside them lies `stats.safetensors` with facts about each latent.
+`metadata.saehook` remembers what it was.
+
+Beside them lies `stats.safetensors` with what `LatentStats` says, in float32: `max_act`, `density`, `mean_act` [d_sae], and
+in files of later versions `quantiles` [d_sae, levels] and `mean_error` [d_out]. Its header has `tokens`, and the
+`quantile_levels` as a JSON list.
 
 Files are never unpickled. Names, shapes and dtypes are checked against `cfg.json` before a tensor is read.
 """
@@ -17,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,7 +39,7 @@ from saehook.config import (
 )
 from saehook.errors import ArgumentError, FileError, FormatError, MissingStatError
 from saehook.files import atomic_write, atomically
-from saehook.sae import SAE, LatentStats
+from saehook.sae import QUANTILE_LEVELS, SAE, LatentStats
 
 SCHEMA = 1
 CONFIG, WEIGHTS, STATS = "cfg.json", "sae_weights.safetensors", "stats.safetensors"
@@ -110,9 +115,13 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
     with atomically(path / WEIGHTS) as partial:
         save_file(tensors, partial)
     if sae.stats is not None:
-        stats = {name: getattr(sae.stats, name).detach().float().cpu().contiguous() for name in _STATS}
+        facts = {name: getattr(sae.stats, name) for name in (*_STATS, *_LATER_STATS)}
+        stats = {name: x.detach().float().cpu().contiguous() for name, x in facts.items() if x is not None}
+        header = {"tokens": str(sae.stats.tokens)}
+        if "quantiles" in stats:
+            header["quantile_levels"] = json.dumps(QUANTILE_LEVELS)
         with atomically(path / STATS) as partial:
-            save_file(stats, partial, metadata={"tokens": str(sae.stats.tokens)})
+            save_file(stats, partial, metadata=header)
     else:
         (path / STATS).unlink(missing_ok=True)
     atomic_write(path / CONFIG, text)
@@ -121,6 +130,8 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
 
 _WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 _STATS = ("max_act", "density", "mean_act")
+_LATER_STATS = ("quantiles", "mean_error")
+"""What older files do not have."""
 _OURS = {"schema", "activation", "site", "site_out", "mask_rule", "saelens"}
 """What stands under `metadata.saehook` and is no metadata of the SAE."""
 
@@ -184,7 +195,7 @@ def load_sae(path: str | Path, *, device: str | torch.device | None = None, dtyp
         tensor = tensor.to(device or "cpu", torch.float32 if name == "threshold" else dtype)
         setattr(sae, name, nn.Parameter(tensor))
     if (path / STATS).exists():
-        sae.stats = _read_stats(path / STATS, config.d_sae)
+        sae.stats = _read_stats(path / STATS, d_sae, d_out)
     if "mask_rule" in ours:
         try:
             sae.mask_rule = mask_rule_from_data(ours["mask_rule"])
@@ -271,11 +282,14 @@ def _sae_config(data: dict[str, Any], path: Path) -> SAEConfig:
         raise refuse(str(error)) from None
 
 
-def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, exactly those named by `shapes`, finite and of a float dtype."""
+def _read_tensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], optional: dict[str, tuple[int, ...]] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, those of `shapes` and maybe of `optional`, finite and of a float dtype."""
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
+            shapes = shapes | {name: shape for name, shape in (optional or {}).items() if name in names}
             if names != set(shapes):
                 missing, unknown = sorted(set(shapes) - names), sorted(names - set(shapes))
                 raise FormatError(
@@ -315,12 +329,25 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, T
     return tensors
 
 
-def _read_stats(path: Path, d_sae: int) -> LatentStats:
-    tensors = _read_tensors(path, {name: (d_sae,) for name in _STATS})
+def _read_stats(path: Path, d_sae: int, d_out: int) -> LatentStats:
+    later = {"quantiles": (d_sae, len(QUANTILE_LEVELS)), "mean_error": (d_out,)}
+    tensors = _read_tensors(path, dict.fromkeys(_STATS, (d_sae,)), later)
     with safe_open(path, framework="pt") as file:
-        tokens = (file.metadata() or {}).get("tokens", "")
+        header = file.metadata() or {}
+    tokens = header.get("tokens", "")
     if not tokens.isdecimal() or not math.isfinite(float(tokens)):
         raise FormatError(f"{path}: its header says no number of tokens. Write it again with `saehook stats`.")
+    if (quantiles := tensors.get("quantiles")) is not None:
+        levels = json.dumps(QUANTILE_LEVELS)
+        if header.get("quantile_levels") != levels:
+            raise FormatError(
+                f"{path}: its quantiles are at the levels {header.get('quantile_levels')}; this version reads {levels}. "
+                "Write it again with `saehook stats`."
+            )
+        if (F.pad(torch.cat([quantiles, tensors["max_act"][:, None]], 1), (1, 0)).diff(dim=1) < 0).any():
+            raise FormatError(
+                f"{path}: quantiles do not rise from 0 to max_act; the file is damaged. Write it again with `saehook stats`."
+            )
     return LatentStats(**{name: tensor.float() for name, tensor in tensors.items()}, tokens=int(tokens))
 
 

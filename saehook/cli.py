@@ -562,7 +562,7 @@ def _edits(arguments: argparse.Namespace) -> list[Any]:
 
 
 def stats(arguments: argparse.Namespace) -> None:
-    """Measure each latent's maximum, density and mean on text, and store them beside the SAE.
+    """Measure each latent's maximum, density, mean and quantiles on text, and the mean error; store them beside the SAE.
 
     saehook stats SAE ... --text FILE --tokens 1M
     """

@@ -37,7 +37,7 @@ from saehook.editing import Action, EditAction, ReadAction, ReplaceAction
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 from saehook.interventions import Program
-from saehook.metrics import Firing, Mean, Reconstruction
+from saehook.metrics import Firing, Histogram, Mean, Moments, Reconstruction
 from saehook.sae import SAE, LatentStats
 from saehook.tokenization import Windows, tokenizer_sha256
 
@@ -331,22 +331,31 @@ def _score(
 
 
 def measure_stats(hooked: HookedSAEs, tokens: Windows | Tensor, *, progress: bool = True) -> dict[str, LatentStats]:
-    """Per-latent statistics of every attached SAE on text, by site; what `unit="max"` needs."""
+    """Statistics of every attached SAE on text, by site; what the units `max` and `quantile` and `error="mean"` need.
+
+    Raises:
+        ArgumentError: no token of the text is in the mask of one of the SAEs.
+    """
     ids = tokens.ids if isinstance(tokens, Windows) else tokens
-    firing = {site: Firing() for site in hooked.sites}
+    measured = {site: (Firing(), Histogram(sae.d_sae, sae.device), Moments()) for site, sae in hooked.saes.items()}
     with torch.no_grad():
         for batch in tqdm(
             ids.split(max(1, 4096 // ids.shape[1])), desc="measuring", unit="batch", disable=not progress
         ):
             for site, clean in read_sites(hooked, batch).items():
-                firing[site].update(hooked.saes[site].encode(clean.x))
+                if len(clean.x):
+                    firing, histogram, error = measured[site]
+                    out = hooked.saes[site](clean.x)
+                    firing.update(out.acts)
+                    histogram.update(out.acts)
+                    error.update(clean.y - out.x_hat)
     stats = {}
-    for site, f in firing.items():
-        if f.count is None:
+    for site, (firing, histogram, error) in measured.items():
+        if firing.count is None:
             raise ArgumentError(
                 f"no token of the text is in the mask of the SAE at {site}, so there is nothing to measure. Give real text."
             )
-        stats[site] = stats_of(f)
+        stats[site] = stats_of(firing, histogram, error.mean)
     return stats
 
 

@@ -1,14 +1,22 @@
-"""Streaming sums in float64: reconstruction, sparsity, dead latents, losses. Each has `merge()` for several processes.
+"""Streaming sums: reconstruction, sparsity, dead latents, quantiles, losses. Each has `merge()` for several processes.
 
 Only tokens of the mask are given to these: callers select them first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+BINS = 128
+BINS_PER_OCTAVE = 10
+ROWS_AT_ONCE = 2**14
+"""Latents whose bins are worked on together, so that temporary memory does not grow with d_sae."""
+_NO_BIN = -(2**15)
+"""Below the bin of every float."""
 
 
 @dataclass
@@ -114,6 +122,84 @@ class Firing:
     def dead_share(self) -> float:
         """Share of latents that never fired on these tokens."""
         return float((self.count == 0).double().mean()) if self.count is not None else float("nan")
+
+
+class Histogram:
+    """Positive activations of each latent, counted in bins of equal width in the logarithm: 512 bytes per latent.
+
+    Bins are 2^(1/10) wide and end at a latent's largest activation; they follow it upwards, and what is too small for
+    the lowest is counted there. So a quantile is within 7.2 % of the exact one, plus 1/6,200 of the largest activation,
+    whatever the distribution; it is much nearer where many activations share a bin, over which they are spread evenly.
+    The counts do not depend on the order in which activations come. An update costs one look for what is positive
+    and then as much as there is of it, not tokens × d_sae × bins.
+    """
+
+    def __init__(self, d_sae: int, device: torch.device | str | None = None) -> None:
+        """Nothing seen yet; `device` is that of the activations to come."""
+        self.counts = torch.zeros(d_sae, BINS, dtype=torch.int32, device=device)
+        """[d_sae, BINS]; the last column is bin `top`."""
+        self.top = torch.full((d_sae,), _NO_BIN, dtype=torch.int32, device=device)
+        """Bin of the largest activation, [d_sae]; bin i holds 2^(i/10) up to 2^((i+1)/10)."""
+
+    def update(self, acts: Tensor) -> None:
+        """Add activations [n, d_sae]."""
+        acts = acts.detach()
+        tokens, latents = (acts > 0).nonzero(as_tuple=True)
+        self.add(acts[tokens, latents], latents)
+
+    def add(self, values: Tensor, latents: Tensor) -> None:
+        """Add positive activations [n] of the latents [n]."""
+        latents = latents.long()
+        bins = (values.float().log2() * BINS_PER_OCTAVE).floor().clamp(_NO_BIN + 1, -_NO_BIN).to(torch.int32)
+        self._raise(torch.full_like(self.top, _NO_BIN).scatter_reduce(0, latents, bins, "amax"))
+        column = (bins - self.top[latents] + BINS - 1).clamp(min=0)
+        self.counts.view(-1).index_add_(0, latents * BINS + column, torch.ones_like(bins))
+
+    def _raise(self, top: Tensor) -> None:
+        """Move what was counted to lower columns, where the largest activation is now larger."""
+        shift = top - self.top
+        columns = torch.arange(BINS, device=top.device)
+        filled = self.counts[:, -1] > 0  # of what has been seen, the largest stands there
+        for rows in ((shift > 0) & filled).nonzero().view(-1).split(ROWS_AT_ONCE):
+            counts, moved = self.counts[rows], (columns - shift[rows, None]).clamp(min=0)
+            self.counts[rows] = torch.zeros_like(counts).scatter_add(1, moved, counts)
+        self.top = torch.maximum(self.top, top)
+
+    def merge(self, other: Histogram) -> None:
+        """Add what `other` has seen."""
+        device = self.counts.device
+        raised = Histogram(0)
+        raised.counts, raised.top = other.counts.to(device, copy=True), other.top.to(device)
+        raised._raise(self.top)
+        self._raise(raised.top)
+        self.counts += raised.counts
+
+    def quantiles(self, levels: Sequence[float], maximum: Tensor) -> Tensor:
+        """Quantiles at `levels`, linear between neighbours as in `torch.quantile`: [d_sae, len(levels)], float32, CPU.
+
+        Rising from level to level, at most `maximum` [d_sae], and 0 for a latent that never fired.
+        """
+        parts = zip(*(x.split(ROWS_AT_ONCE) for x in (self.counts, self.top, maximum)), strict=True)
+        return torch.cat([_quantiles(counts, top, most.to(top.device), levels).cpu() for counts, top, most in parts])
+
+
+def _quantiles(counts: Tensor, top: Tensor, maximum: Tensor, levels: Sequence[float]) -> Tensor:
+    seen = counts.cumsum(1)
+    n = seen[:, -1:]
+    place = (n - 1).clamp(min=0) * torch.tensor(levels, dtype=torch.float64, device=counts.device)
+    first = place.long()
+
+    def ordered(index: Tensor) -> Tensor:
+        """The activation with that number in rising order, [rows, levels]."""
+        column = torch.searchsorted(seen, index, right=True).clamp(max=BINS - 1)
+        inside = counts.gather(1, column)
+        share = (index - seen.gather(1, column) + inside + 0.5) / inside.clamp(min=1)
+        exponent = (top[:, None].double() - (BINS - 1) + column + share) / BINS_PER_OCTAVE
+        return torch.minimum(exponent.exp2(), maximum[:, None].double())
+
+    low, high = ordered(first), ordered(torch.minimum(first + 1, (n - 1).clamp(min=0)))
+    found = torch.minimum(low + (high - low) * (place - first), high)  # never above by rounding
+    return torch.where(n > 0, found, 0.0).float()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from saehook.errors import ArgumentError, LatentError, MissingStatError, ShapeEr
 
 LAYER_NORM_EPS = 1e-5
 INITIAL_JUMPRELU_THRESHOLD = 1e-3
+QUANTILE_LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+"""Levels of `LatentStats.quantiles`."""
 
 
 class SAEOutput(NamedTuple):
@@ -30,7 +33,7 @@ class SAEOutput(NamedTuple):
 
 @dataclass
 class LatentStats:
-    """Per-latent facts measured on text; `tokens` says on how much."""
+    """Facts measured on text, most of them per latent; `tokens` says on how much."""
 
     max_act: Tensor
     """Largest activation seen, [d_sae], float32; 0 for a latent that never fired."""
@@ -40,6 +43,11 @@ class LatentStats:
     """Mean activation over all tokens, [d_sae], float32."""
     tokens: int
     """Tokens of the mask that were measured."""
+    quantiles: Tensor | None = None
+    """Quantiles of the positive activations at `QUANTILE_LEVELS`, [d_sae, levels], float32, within 7.2 % (see
+    `metrics.Histogram`); 0 for a latent that never fired. None in a file from before they were measured."""
+    mean_error: Tensor | None = None
+    """Mean of x - x_hat, of a transcoder y - x_hat, over all tokens, [d_out], float32. None in such a file."""
 
 
 class SAE(nn.Module):
@@ -236,12 +244,41 @@ class SAE(nn.Module):
                 "unit='max' needs each latent's recorded maximum, and this SAE has no statistics. Measure them with "
                 "`saehook stats SAE --text FILE`, or use unit='raw' or unit='norm'."
             )
-        maxima = self.stats.max_act[list(latents)]
+        return self._maxima(self.stats, latents, "max")
+
+    def quantile_act(self, latents: tuple[int, ...], level: float) -> Tensor:
+        """Quantiles of the positive activations of `latents`, [len(latents)], float32, for edits in such units.
+
+        Linear between the recorded levels, from 0 at level 0 to the recorded maximum at level 1.
+
+        Raises:
+            ArgumentError: `level` is outside 0..1.
+            MissingStatError: the file holds no statistics or none of this kind, or a latent never fired when they were
+                measured.
+        """
+        if not 0 <= level <= 1:
+            raise ArgumentError(f"the level of a quantile is {level!r}; a number from 0 to 1 is expected.")
+        if self.stats is None or self.stats.quantiles is None:
+            what = "no statistics" if self.stats is None else "statistics from before quantiles were measured"
+            raise MissingStatError(
+                f"unit='quantile' needs each latent's recorded quantiles, and this SAE has {what}. Measure them with "
+                "`saehook stats SAE --text FILE`, or use unit='raw' or unit='norm'."
+            )
+        maxima = self._maxima(self.stats, latents, "quantile")
+        levels = (0.0, *QUANTILE_LEVELS, 1.0)
+        values = F.pad(torch.cat([self.stats.quantiles[list(latents)], maxima[:, None]], 1), (1, 0))
+        i = max(1, bisect_left(levels, level))
+        share = (level - levels[i - 1]) / (levels[i] - levels[i - 1])
+        return torch.lerp(values[:, i - 1], values[:, i], share)
+
+    @staticmethod
+    def _maxima(stats: LatentStats, latents: tuple[int, ...], unit: str) -> Tensor:
+        maxima = stats.max_act[list(latents)]
         for latent, maximum in zip(latents, maxima.tolist(), strict=True):
             if maximum <= 0:
                 raise MissingStatError(
-                    f"latent {latent} never fired on the {self.stats.tokens:,} tokens its statistics come from, so "
-                    "unit='max' has no meaning for it. Use unit='raw' or unit='norm'."
+                    f"latent {latent} never fired on the {stats.tokens:,} tokens its statistics come from, so "
+                    f"unit={unit!r} has no meaning for it. Use unit='raw' or unit='norm'."
                 )
         return maxima
 
@@ -257,6 +294,20 @@ class SAE(nn.Module):
                 "`saehook stats SAE --text FILE`, or use 'set' with a value."
             )
         return self.stats.mean_act[list(latents)]
+
+    def mean_error(self) -> Tensor:
+        """Recorded mean of x - x_hat, of a transcoder y - x_hat, over all tokens, [d_out], float32.
+
+        Raises:
+            MissingStatError: the file holds no statistics, or none of this kind.
+        """
+        if self.stats is None or self.stats.mean_error is None:
+            what = "no statistics" if self.stats is None else "statistics from before the error was measured"
+            raise MissingStatError(
+                f"error='mean' needs the recorded mean of the error, and this SAE has {what}. Measure it with "
+                "`saehook stats SAE --text FILE`, or use error='keep' or error='drop'."
+            )
+        return self.stats.mean_error
 
     def set_threshold(self, value: float | Tensor) -> None:
         """Set the inference threshold (BatchTopK, JumpReLU) to one value, or one per latent, in float32."""

@@ -633,7 +633,7 @@ class Trainer:
                 raise TrainingInterrupted(f"all steps were taken, but not yet all latents measured: {saved}.")
             batch = stream.take(n)
             for calibrator, config in zip(calibrators, self.configs, strict=True):
-                calibrator.update(batch[config.site])
+                calibrator.update(batch[config.site], None if config.site_out is None else batch[config.site_out])
             left -= n
         for calibrator, tokens in zip(calibrators, wanted, strict=True):
             running_mean = None if calibrator.sae.threshold is None else float(calibrator.sae.threshold.detach()[0])

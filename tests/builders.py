@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from saehook.config import Activation, BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
-from saehook.sae import SAE, LatentStats
+from saehook.sae import QUANTILE_LEVELS, SAE, LatentStats
 
 BOS, EOS, PAD = 0, 1, 2
 SPECIAL = (BOS, EOS, PAD)
@@ -175,6 +175,8 @@ def tiny_sae(
             density=torch.rand(d_sae, generator=draw),
             mean_act=torch.rand(d_sae, generator=draw),
             tokens=1000,
+            quantiles=torch.rand(d_sae, len(QUANTILE_LEVELS), generator=draw).sort(1).values,
+            mean_error=0.1 * torch.randn(d_in, generator=draw),
         )
     return sae.to(dtype)
 

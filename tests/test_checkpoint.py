@@ -21,7 +21,7 @@ from saehook.checkpoint import CONFIG, MAX_CONFIG_BYTES, STATS, WEIGHTS, load_sa
 from saehook.config import BatchTopK, JumpReLU, MaskRule, SAEConfig
 from saehook.errors import ArgumentError, FileError, FormatError, MissingStatError, SaehookError
 from saehook.files import atomic_write
-from saehook.sae import SAE
+from saehook.sae import QUANTILE_LEVELS, SAE
 
 SITE = "layers.1.resid_post"
 WEIGHT_NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -131,11 +131,26 @@ def test_statistics_come_back(tmp_path):
     stats = load_sae(path).stats
     assert stats is not None
     assert stats.tokens == 123_456_789_012
-    for name in ("max_act", "density", "mean_act"):
+    for name in ("max_act", "density", "mean_act", "quantiles", "mean_error"):
         assert torch.equal(getattr(stats, name), getattr(sae.stats, name))
     sae.stats = None
     save_sae(sae, path)
     assert load_sae(path).stats is None, "old statistics do not stay beside new weights"
+
+
+def test_statistics_of_an_older_file(tmp_path):
+    """They had neither quantiles nor the mean error; each may be there alone."""
+    sae = tiny_sae(site=SITE)
+    assert sae.stats is not None
+    later = {"quantiles": sae.stats.quantiles, "mean_error": sae.stats.mean_error}
+    for kept in ((), ("quantiles",), ("mean_error",)):
+        sae.stats.quantiles, sae.stats.mean_error = [x if name in kept else None for name, x in later.items()]
+        path = save_sae(sae, tmp_path)
+        assert set(load_file(path / STATS)) == {"max_act", "density", "mean_act", *kept}
+        stats = load_sae(path).stats
+        assert stats is not None
+        assert torch.equal(stats.max_act, sae.stats.max_act)
+        assert {name for name in later if getattr(stats, name) is not None} == set(kept)
 
 
 def test_a_foreign_file_keeps_its_metadata(tmp_path):
@@ -499,6 +514,7 @@ def test_unknown_tensors_are_refused(tmp_path):
 def test_damaged_statistics(tmp_path):
     path = written(tmp_path)
     stats = load_file(path / STATS)
+    header = {"tokens": "3", "quantile_levels": json.dumps(QUANTILE_LEVELS)}
     for metadata in (None, {"tokens": "many"}, {"tokens": "-3"}, {"tokens": ""}, {"tokens": "9" * 500}):
         save_file(stats, path / STATS, metadata=metadata)
         with pytest.raises(FormatError, match="number of tokens"):
@@ -509,6 +525,25 @@ def test_damaged_statistics(tmp_path):
     save_file({**stats, "max_act": stats["max_act"] * float("nan")}, path / STATS, metadata={"tokens": "3"})
     with pytest.raises(FormatError, match="max_act holds NaN"):
         load_sae(path)
+    for name, damage, match in [
+        ("quantiles", lambda x: x[:, :-1], "quantiles has shape"),
+        ("quantiles", lambda x: x / 0, "quantiles holds NaN or inf"),
+        ("quantiles", lambda x: x - 0.5, "do not rise from 0 to max_act"),
+        ("quantiles", lambda x: x + 2, "do not rise from 0 to max_act"),
+        ("quantiles", lambda x: x.flip(1), "do not rise from 0 to max_act"),
+        ("quantiles", lambda x: x.long(), "a float dtype"),
+        ("mean_error", lambda x: x[:-1], "mean_error has shape"),
+        ("mean_error", lambda x: x * float("nan"), "mean_error holds NaN"),
+    ]:
+        save_file({**stats, name: damage(stats[name]).contiguous()}, path / STATS, metadata=header)
+        with pytest.raises(FormatError, match=match):
+            load_sae(path)
+    for levels in (None, "[0.1, 0.2]"):
+        save_file(stats, path / STATS, metadata={"tokens": "3"} | ({"quantile_levels": levels} if levels else {}))
+        with pytest.raises(FormatError, match="levels"):
+            load_sae(path)
+    save_file(stats, path / STATS, metadata=header)
+    assert load_sae(path).stats is not None
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, STATS])

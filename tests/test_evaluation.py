@@ -6,12 +6,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import tiny_sae
 
 import saehook
 from saehook import SAE, ReLU, SAEConfig, TopK
 from saehook.corpus import Document
 from saehook.errors import ArgumentError
 from saehook.evaluation import EvalResult, evaluate, measure_stats
+from saehook.sae import QUANTILE_LEVELS
 from saehook.tokenization import keep_mask, special_ids, windows
 
 RESID, MLP = "layers.2.resid_post", "layers.3.mlp_out"
@@ -169,7 +171,8 @@ def test_windows_that_cannot_be_measured(model, ids):
     hooked.detach()
 
 
-def test_stats_are_maximum_density_and_mean(model, text):
+@torch.no_grad()
+def test_stats_are_those_of_all_activations_together(model, text):
     sae = random_sae(0)
     hooked = model.attach({RESID: sae})
     stats = measure_stats(hooked, text, progress=False)[RESID]
@@ -180,3 +183,24 @@ def test_stats_are_maximum_density_and_mean(model, text):
     torch.testing.assert_close(stats.density, (acts > 0).float().mean(0), rtol=0, atol=2 / len(acts))
     assert stats.tokens == len(acts)
     assert math.isfinite(stats.max_act.sum().item())
+    x = activations(model, text.ids, "model.layers.2")
+    error = (x.double() - sae(x).x_hat.double()).mean(0)
+    torch.testing.assert_close(stats.mean_error, error.float(), rtol=1e-4, atol=1e-5 * float(error.abs().max()))
+    levels = torch.tensor(QUANTILE_LEVELS)
+    assert stats.quantiles is not None
+    fired = (acts > 0).sum(0) > 50
+    assert fired.sum() > 20
+    for latent in fired.nonzero().view(-1).tolist():
+        column = acts[:, latent]
+        torch.testing.assert_close(stats.quantiles[latent], column[column > 0].quantile(levels), rtol=0.08, atol=0)
+
+
+@torch.no_grad()
+def test_stats_of_an_sae_that_normalises_tokens(model, text):
+    sae = tiny_sae(256, normalize="layer_norm")
+    hooked = model.attach({RESID: sae})
+    stats = measure_stats(hooked, text.ids[:3], progress=False)[RESID]
+    hooked.detach()
+    x = activations(model, text.ids[:3], "model.layers.2")
+    error = (x.double() - sae(x).x_hat.double()).mean(0).float()
+    torch.testing.assert_close(stats.mean_error, error, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from builders import ACTIVATIONS, identity_sae, tiny_sae
 from saehook.activation_fns import batch_topk, jumprelu, topk
 from saehook.config import BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
 from saehook.errors import ArgumentError, LatentError, MissingStatError, ShapeError
-from saehook.sae import SAE
+from saehook.sae import QUANTILE_LEVELS, SAE
 
 VARIANTS = [(a, n, s) for a in ACTIVATIONS for n in ("none", "layer_norm") for s in (True, False)]
 
@@ -196,6 +196,46 @@ def test_maxima():
     sae.stats = None
     with pytest.raises(MissingStatError, match="no statistics"):
         sae.max_act((5,))
+
+
+def test_quantiles_are_linear_between_the_recorded_levels():
+    sae = tiny_sae()
+    assert sae.stats is not None
+    assert sae.stats.quantiles is not None
+    latents = (5, 3, 40)
+    recorded = sae.stats.quantiles[list(latents)]
+    for i, level in enumerate(QUANTILE_LEVELS):
+        assert torch.equal(sae.quantile_act(latents, level), recorded[:, i])
+    assert torch.equal(sae.quantile_act(latents, 0), torch.zeros(3))
+    assert torch.equal(sae.quantile_act(latents, 1), sae.max_act(latents))
+    torch.testing.assert_close(sae.quantile_act(latents, 0.02), recorded[:, 0] * 0.4)
+    torch.testing.assert_close(sae.quantile_act(latents, 0.3), 0.8 * recorded[:, 2] + 0.2 * recorded[:, 3])
+    torch.testing.assert_close(sae.quantile_act(latents, 0.995), (recorded[:, -1] + sae.max_act(latents)) / 2)
+    assert sae.quantile_act((), 0.5).shape == (0,)
+    for level in (-0.1, 1.001, float("nan"), float("inf")):
+        with pytest.raises(ArgumentError, match=f"level of a quantile is {level}"):
+            sae.quantile_act(latents, level)
+    sae.stats.max_act[3] = 0.0
+    with pytest.raises(MissingStatError, match=r"latent 3 never fired on the 1,000 tokens.*unit='quantile'"):
+        sae.quantile_act(latents, 0.5)
+    sae.stats.quantiles = None
+    with pytest.raises(MissingStatError, match=r"from before quantiles.*saehook stats"):
+        sae.quantile_act((5,), 0.5)
+    sae.stats = None
+    with pytest.raises(MissingStatError, match=r"'quantile' needs .* no statistics"):
+        sae.quantile_act((5,), 0.5)
+
+
+def test_the_mean_error():
+    sae = tiny_sae()
+    assert sae.stats is not None
+    assert sae.mean_error() is sae.stats.mean_error
+    sae.stats.mean_error = None
+    with pytest.raises(MissingStatError, match=r"from before the error.*saehook stats"):
+        sae.mean_error()
+    sae.stats = None
+    with pytest.raises(MissingStatError, match=r"'mean' needs .* no statistics"):
+        sae.mean_error()
 
 
 def test_a_new_sae():

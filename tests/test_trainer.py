@@ -18,7 +18,7 @@ from saehook.calibration import Calibrator
 from saehook.config import BatchTopK, SAEConfig, TopK, TrainConfig
 from saehook.errors import ArgumentError, ShapeError, TrainingError
 from saehook.metrics import Firing, Reconstruction
-from saehook.sae import SAE
+from saehook.sae import QUANTILE_LEVELS, SAE
 from saehook.trainer import Run, Trainer
 
 D_SAE = 96
@@ -74,8 +74,9 @@ def test_metadata_and_statistics(long_run, index):
     assert metadata["training"]["k_aux"] == D_IN // 2
     assert 0 <= metadata["training_metrics"]["dead_share"] < 0.7
     assert metadata["calibration"]["tokens"] == sae.stats.tokens == FRESH
+    x = planted(LONG + FRESH + 999)[0][LONG : LONG + FRESH]
     with torch.no_grad():
-        acts = sae.encode(planted(LONG + FRESH + 999)[0][LONG : LONG + FRESH])
+        x_hat, acts, _ = sae(x)
     firing = Firing()
     firing.update(acts)
     assert firing.count is not None
@@ -85,6 +86,13 @@ def test_metadata_and_statistics(long_run, index):
     torch.testing.assert_close(sae.stats.density, (firing.count / FRESH).float(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(sae.stats.max_act, firing.maximum, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sae.stats.mean_act, (firing.total / FRESH).float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sae.mean_error(), (x.double() - x_hat).mean(0).float(), rtol=1e-3, atol=1e-4)
+    fired = (firing.count > 100).nonzero().view(-1).tolist()
+    assert len(fired) > D_IN / 2
+    levels = torch.tensor(QUANTILE_LEVELS)
+    expected = torch.stack([acts[:, latent][acts[:, latent] > 0].quantile(levels) for latent in fired])
+    assert sae.stats.quantiles is not None
+    torch.testing.assert_close(sae.stats.quantiles[fired], expected, rtol=0.08, atol=0)
     if index == 0:
         threshold = metadata["threshold"]
         assert threshold["source"] == "calibrated"

@@ -87,6 +87,11 @@ def test_every_method_trains_a_transcoder(activation, settings):
     assert fvu(skip) < 0.8 * fvu(plain), "the linear part is what a skip map can take over"
     assert skip.metadata["output_scale"] != skip.metadata["input_scale"]
     torch.testing.assert_close(plain.W_dec.norm(dim=-1), torch.ones(D_SAE))
+    seen = [pairs(2048, seed) for seed in range(9)]
+    x, y = (torch.cat([part[site] for part in seen])[12_800:16_800] for site in (IN, OUT))
+    for sae in (plain, skip):
+        error = (y.double() - sae(x).x_hat).mean(0).detach().float()
+        torch.testing.assert_close(sae.mean_error(), error, rtol=1e-3, atol=1e-4)
 
 
 def test_a_transcoder_of_raw_activations_is_that_of_scaled_ones():
