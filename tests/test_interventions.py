@@ -455,7 +455,7 @@ def changed(path: list[str | int], value: Any) -> str:
         (["edits", 1, "site"], 3, r"edits\[1\]\.site is 3"),
         (["edits", 0, "where"], {"tokens": [0], "prompt": True}, r"edits\[0\]\.where names tokens and more"),
         (["edits", 0, "where"], {"tokens": []}, r"edits\[0\].*names no token"),
-        (["edits", 0, "where"], {"roles": [0]}, r"edits\[0\]\.where has unknown fields"),
+        (["edits", 0, "where"], {"speakers": [0]}, r"edits\[0\]\.where has unknown fields"),
         (["edits", 3, "where", "rows"], [-1], r"edits\[3\].*rows"),
         (["edits", 3, "where", "rows"], 0, r"edits\[3\].*rows are 0"),
         (["edits", 3, "where", "positions"], [4, 1], r"edits\[3\].*positions=\[4, 1\]"),
