@@ -330,7 +330,7 @@ def test_what_the_dtype_cannot_hold_is_named(dtype):
     hooked = HookedModel(build_lm("llama", dtype=dtype), byte_tokenizer()).attach(tiny_sae(site=SITE))
     largest = torch.finfo(dtype).max
     edit = steer((7, 9), largest / 2, where=Where(positions=(2, None), rows=(1,)))
-    expected = rf"latents 7, 9 at {SITE} gave a value that {dtype} cannot hold, first at token 2 \(.*\) of row 1"
+    expected = rf"add 7, 9 .* at {SITE} gave a value that {dtype} cannot hold, first at token 2 \(.*\) of row 1"
     with torch.no_grad():
         hooked.saes[SITE].W_dec[[7, 9]] = 3.0
         for call in (hooked, hooked.loss, hooked.generate):

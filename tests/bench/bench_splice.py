@@ -164,6 +164,56 @@ def bench_generate(model: HookedModel, layer: int, tokens: int, repeats: int) ->
     }
 
 
+def bench_program(model: HookedModel, layers: tuple[int, int], tokens: int, repeats: int) -> dict[str, float]:
+    """Greedy generation with three edits at two sites: one latent set and two halved at the first, one raised at the second."""
+    sites = {f"layers.{layer}.resid_post": layer for layer in layers}
+    first, second = sites
+    attached = saes(model, sites)
+    hooked = model.attach(attached)
+    ids = list(range(10, 26))
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    edits = [
+        saehook.clamp(LATENT, STRENGTH, site=first),
+        saehook.scale([8, 9], 0.5, site=first),
+        saehook.at_least(LATENT, STRENGTH, site=second),
+    ]
+
+    def at_first(_module: object, _inputs: object, x: Tensor) -> Tensor:
+        sae = attached[first]
+        z = sae.encode(x)
+        change = torch.cat([STRENGTH - z[..., LATENT : LATENT + 1], -0.5 * z[..., 8:10]], -1)
+        return x + change @ sae.W_dec[LATENT : LATENT + 3]
+
+    def at_second(_module: object, _inputs: object, x: Tensor) -> Tensor:
+        sae = attached[second]
+        z = sae.encode(x)
+        return x + (STRENGTH - z[..., LATENT : LATENT + 1]).clamp_min(0.0) * sae.W_dec[LATENT]
+
+    @torch.no_grad()
+    def by_hand() -> Tensor:
+        modules = [model.lm.get_submodule(model.sites(site)[0].path) for site in sites]
+        handles = [m.register_forward_hook(hook) for m, hook in zip(modules, (at_first, at_second), strict=True)]
+        try:
+            ones = torch.ones(1, len(ids), dtype=torch.long)
+            return model.lm.generate(input_ids=torch.tensor([ids]), attention_mask=ones, pad_token_id=0, **options)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def ours() -> Tensor:
+        return hooked.generate(ids, edits=edits, pad_token_id=0, **options).ids
+
+    assert torch.equal(ours(), by_hand()[0]), "the two programs do not generate the same tokens"
+    seconds = interleaved({"hooked": ours, "by_hand": by_hand}, repeats)
+    per_token = {name: 1000 * statistics.median(values) / tokens for name, values in seconds.items()}
+    return {
+        "ms_per_token": per_token["hooked"],
+        "ms_per_token_by_hand": per_token["by_hand"],
+        "added_ms_per_token": per_token["hooked"] - per_token["by_hand"],
+        "ratio": ratio(seconds, "hooked", "by_hand"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -180,6 +230,12 @@ def main() -> None:
         "generate, GPT-2 size, 1 edit, batch 1, 64 tokens": bench_generate(gpt2_sized(), 6, 64, arguments.repeats),
         "generate, bundled model, 1 edit, batch 1, 64 tokens": bench_generate(
             HookedModel.from_pretrained(saehook.bundled("lm")), 3, 64, arguments.repeats
+        ),
+        "generate, GPT-2 size, 3 edits at 2 sites, batch 1, 64 tokens": bench_program(
+            gpt2_sized(), (4, 8), 64, arguments.repeats
+        ),
+        "generate, bundled model, 3 edits at 2 sites, batch 1, 64 tokens": bench_program(
+            HookedModel.from_pretrained(saehook.bundled("lm")), (2, 4), 64, arguments.repeats
         ),
     }
     text = json.dumps(results, indent=1)
