@@ -239,7 +239,7 @@ def _add_generation(sub: argparse.ArgumentParser) -> None:
         help="tokens that the edits above act on",
     )
     sub.add_argument("--splice", action="store_true", help="put every SAE's reconstruction in")
-    sub.add_argument("--error", choices=["keep", "drop"], help="reconstruction error on edited tokens (default: keep)")
+    sub.add_argument("--error", choices=["keep", "drop", "mean"], help="reconstruction error on edited tokens (default: keep)")
     sub.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="default: 64")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
@@ -547,7 +547,7 @@ def _edits(arguments: argparse.Namespace) -> list[Any]:
         for text in getattr(arguments, name.replace("-", "_")):
             site, _, rest = text.rpartition("/")
             latent, equals, amount = rest.partition("=")
-            unit = next((u for u in ("max", "norm", "raw") if amount.endswith(u)), "")
+            unit = next((u for u in ("max", "norm", "quantile", "raw") if amount.endswith(u)), "")
             try:
                 values = [] if name in {"ablate", "to-mean"} and not equals else [float(amount.removesuffix(unit))]
                 options = {"unit": unit} if unit else {}

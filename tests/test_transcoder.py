@@ -319,8 +319,12 @@ def test_a_transcoder_that_does_not_fit(models_by_name):
         model.attach({(READ, "layers.2.mlp_out"): transcoder()})
     with pytest.raises(ShapeError, match="expects width 32, but"):
         model.attach({(READ, "layers.1.mlp_act"): transcoder()}, check="off")
-    with pytest.raises(SiteError, match="one SAE per site"):
-        model.attach({READ: transcoder(), WRITTEN: tiny_sae()})
+    with pytest.raises(SiteError, match="two SAEs are given for"):
+        model.attach({READ: transcoder(), (READ, "layers.0.mlp_out"): transcoder()}, check="off")
+    beside = model.attach({READ: transcoder(), WRITTEN: tiny_sae()})
+    with pytest.raises(ArgumentError, match="2 SAEs stand at one site"):
+        beside(random_ids(5), splice=True)
+    beside.detach()
     backwards = model.attach({(READ, "layers.0.mlp_out"): transcoder()}, check="off")
     with pytest.raises(SiteError, match="only after the site it writes"):
         backwards(random_ids(5), splice=True)
