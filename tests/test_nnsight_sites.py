@@ -506,6 +506,39 @@ def test_the_parts_of_a_transcoder(models_by_name, name, skip):
     hooked.detach()
 
 
+def test_two_transcoders_that_write_at_one_site(models_by_name):
+    """Their changes add up, whatever is written into either."""
+    model, lm = models_by_name("llama")
+    reads, written = ["layers.1.mlp_in", "layers.1.resid_mid"], "layers.1.mlp_out"
+    saes = {(read, written): transcoder(read, written, skip=False) for read in reads}
+    hooked = model.attach(saes)
+    with torch.no_grad(), hooked.trace(tensor(IDS)):
+        hooked.at(reads[1]).latents.output[:, 3, 9] += 2.0
+        hooked.at(reads[0]).latents.output[:, 3, 4] += 3.0
+        after = nnsight.save(model.envoy(written).output)
+    rows = [sae.W_dec.detach() for sae in saes.values()]
+    y = reference.read(lm, written, tensor(IDS))
+    torch.testing.assert_close(after[:, 3], y[:, 3] + 3.0 * rows[0][4] + 2.0 * rows[1][9])
+    rest = [i for i in range(len(IDS)) if i != 3]
+    assert torch.equal(after[:, rest], y[:, rest])
+    hooked.detach()
+
+
+def test_each_of_two_saes_at_one_site_sees_what_the_first_left(models_by_name):
+    model, lm = models_by_name("llama")
+    first, second = tiny_sae(seed=1), tiny_sae(seed=2)
+    hooked = model.attach({SITE: [first, second]})
+    x = reference.read(lm, SITE, tensor(IDS))
+    with torch.no_grad(), hooked.trace(tensor(IDS)):
+        hooked.at(f"{SITE}#0").error.output[:] = 0.0
+        error = nnsight.save(hooked.at(f"{SITE}#1").error.output)
+        after = nnsight.save(hooked.nnsight.model.layers[1].output)
+    x_hat = first(x).x_hat.detach()
+    torch.testing.assert_close(after, x_hat, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(error, (x_hat - second(x_hat).x_hat).detach(), rtol=1e-4, atol=1e-4)
+    hooked.detach()
+
+
 def test_a_transcoder_that_writes_before_it_reads_is_an_error(models_by_name):
     model, _ = models_by_name("llama")
     sae = transcoder("layers.1.mlp_in", "layers.0.mlp_out", skip=False)
