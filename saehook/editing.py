@@ -165,15 +165,17 @@ def changes(
     pre_acts: Callable[[Tensor], Tensor],
     latents: Callable[[Tensor], Tensor],
     reconstruction: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """What a user's trace adds where the SAE writes: by how much what is written into pre-activations, latents or
-    reconstruction changes the reconstruction.
+) -> tuple[Tensor, Tensor]:
+    """What a user's trace makes of the reconstruction: (x_hat of x, and what is added to it by what the user wrote into
+    pre-activations, latents or reconstruction), each [..., d_out].
 
     The three functions return what they are given, or what the user put there. They have gradients, too:
     d loss / d latents = W_dec · d loss / d x'.
     """
     clean_pre_acts = sae.pre_acts(x)
     clean = sae.activate(clean_pre_acts)
+    # Clones, here and below: the user may write in place, and nnsight takes the gradient of one prompt of several from
+    # the tensor that owns the memory.
     seen_pre_acts = pre_acts(clean_pre_acts.clone())
     rewritten = not torch.equal(seen_pre_acts, clean_pre_acts)
     # Through the seen pre-activations whenever a gradient may be asked for, so that they have one.
@@ -181,14 +183,23 @@ def changes(
     seen = latents((sae.activate(seen_pre_acts) if recompute else clean).clone())
     x_hat = sae.decode(seen, x)
     seen_x_hat = reconstruction(x_hat.clone())
+    if not seen.requires_grad and torch.equal(seen, clean):
+        return x_hat, seen_x_hat - x_hat
     delta = (seen - clean) @ sae.W_dec
     scale = sae.scale(x)
-    return (delta if scale is None else delta * scale) + (seen_x_hat - x_hat)
+    delta = delta if scale is None else delta * scale
+    return x_hat - delta, delta + (seen_x_hat - x_hat)
 
 
-def changed(x: Tensor, delta: Tensor) -> Tensor:
-    """x + delta; where nothing was written x goes on bit for bit, and its gradient is the clean model's."""
+def changed(x: Tensor, x_hat: Tensor, delta: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """x + `delta` + what the user made of the error x - x_hat, which `error` shows in float32 or wider: so
+    x' = reconstruction + error, as they were left. Where nothing was written x goes on bit for bit, and its gradient is the
+    clean model's.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    clean = wide - x_hat
+    delta = delta + (error(clean.clone()) - clean)
     if delta.requires_grad:
-        return (x.float() + delta.float()).to(x.dtype)
+        return (wide + delta).to(x.dtype)
     moved = (delta != 0).any(-1, keepdim=True)
-    return torch.where(moved, (x.float() + delta.float()).to(x.dtype), x) if moved.any() else x
+    return torch.where(moved, (wide + delta).to(x.dtype), x) if moved.any() else x

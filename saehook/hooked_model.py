@@ -48,6 +48,7 @@ def _load_anyio_backend() -> None:
 _load_anyio_backend()
 
 from nnsight import TransformersModel  # noqa: E402
+from nnsight.intervention.batching import Batcher  # noqa: E402
 from nnsight.intervention.envoy import Envoy  # noqa: E402
 from nnsight.intervention.interleaver import OutOfOrderError  # noqa: E402
 from nnsight.intervention.tracer import InterleavingTracer  # noqa: E402
@@ -84,48 +85,120 @@ def lock_of(lm: nn.Module):
         return _locks.setdefault(lm, threading.RLock())
 
 
+class _Batcher(Batcher):
+    """Gives each prompt of a trace its rows, also where a generation runs several for it: beams, return sequences."""
+
+    def __init__(self, envoy: Any, kwargs: dict[str, Any] | None = None) -> None:
+        super().__init__(envoy, kwargs)
+        config = self.kwargs.get("generation_config") or getattr(envoy._module, "generation_config", None)
+        names = ("num_beams", "num_return_sequences")
+        self.factors = {self.kwargs.get(name) or getattr(config, name, None) or 1 for name in names} - {1}
+        """How many rows a value may have for each row of input."""
+
+    def _group(self, tensor: Tensor, group: list) -> list | None:
+        """(start, size) of a prompt's rows in a value with several for each row of input; None: nnsight's own rule."""
+        factor, rest = divmod(tensor.shape[0], self.total) if tensor.ndim else (0, 0)
+        return [factor * place for place in group] if not rest and factor in self.factors else None
+
+    def _narrow_tensor(self, tensor: Tensor, group: list) -> Tensor:
+        rows = self._group(tensor, group)
+        return super()._narrow_tensor(tensor, group) if rows is None else tensor.narrow(0, *rows)
+
+    def _widen_tensor(self, full: Tensor, group: list, edited: Tensor) -> Tensor:
+        rows = self._group(full, group)
+        if rows is None:
+            return super()._widen_tensor(full, group, edited)
+        start, size = rows
+        return torch.cat([full[:start], edited, full[start + size :]])
+
+
+class _LockedTracer(InterleavingTracer):
+    def execute(self, code: Any) -> None:
+        assert self.envoy is not None  # nnsight drops it after the run
+        with lock_of(self.envoy._module):
+            super().execute(code)
+
+
+class _Model(TransformersModel):
+    """nnsight's model, whose traces have their torch model to themselves."""
+
+    _batcher_class = _Batcher
+
+    def trace(self, *inputs: Any, **kwargs: Any) -> Any:
+        return super().trace(*inputs, **{"tracer_cls": _LockedTracer, **kwargs})
+
+
 class _Identity(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 class TapPoint(nn.Module):
-    """What nnsight calls at a site. With an SAE, its children `pre_acts`, `latents` and `reconstruction` are sites."""
+    """What nnsight calls at a site. With an SAE, its children `pre_acts`, `latents`, `reconstruction` and `error` are
+    sites."""
 
     def __init__(self, sae: SAE | None) -> None:
         super().__init__()
         self.sae = sae
-        self.pre_acts, self.latents, self.reconstruction = _Identity(), _Identity(), _Identity()
+        self.pre_acts, self.latents, self.reconstruction, self.error = (_Identity() for _ in range(4))
         self.action: Callable[[Tensor], Tensor] | None = None
-        self.writer: list[TapPoint] = []
-        """Where a transcoder writes, if it is one. In a list, so that it is no child of this module."""
-        self.change: Tensor | None = None
-        """What a transcoder that reads elsewhere adds here in this forward pass."""
+        self.asked: Callable[[], bool] = lambda: True
+        """Whether a trace wants anything of the children in this forward pass."""
+        self.shape: Callable[[], torch.Size | None] = lambda: None
+        """(rows, tokens) of this forward pass."""
+        self.elsewhere = False
+        """Whether the SAE is a transcoder that writes at another site."""
+        self.changes: tuple[Tensor, Tensor] | None = None
+        """Then, what a trace makes of its reconstruction in this forward pass (`editing.changes`)."""
+        self.transcoders: list[TapPoint] = []
+        """Those that write here. In a list, so that they are no children of this module."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.action is not None:
             return self.action(x)
-        if self.sae is not None:
-            change = changes(x, self.sae, self.pre_acts, self.latents, self.reconstruction)
-            written = self.writer[0] if self.writer else self
-            written.change = change if written.change is None else written.change + change
-        if self.change is None:
+        shape = self.shape()
+        if shape is not None and x.shape[:-1] == (shape.numel(),):  # all rows as one list of tokens
+            return self._traced(x.reshape(*shape, -1)).reshape(x.shape)
+        return self._traced(x)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """x' as a trace leaves it; x itself where nobody wrote."""
+        for transcoder in self.transcoders:
+            if transcoder.changes is None:
+                raise SiteError(
+                    "the model is to write what a transcoder gives, and has not come to the site that it reads."
+                )
+            found, transcoder.changes = transcoder.changes, None
+            x = changed(x, *found, transcoder.error)
+        if self.sae is None:
             return x
-        change, self.change = self.change, None
-        return changed(x, change)
+        if not self.elsewhere and not self.asked():
+            # Nothing is computed, but nnsight tells generation steps apart by counting visits.
+            for child in (self.pre_acts, self.latents, self.reconstruction, self.error):
+                child(x)
+            return x
+        found = changes(x, self.sae, self.pre_acts, self.latents, self.reconstruction)
+        if self.elsewhere:
+            self.changes = found
+            return x
+        return changed(x, *found, self.error)
 
 
 def _no_sae(site: str | None) -> str:
     raise SiteError(f"a condition asks for a latent{f' at {site}' if site else ''}, and no SAE is attached.")
 
 
-def _locked_tracer(lock: Any) -> type[InterleavingTracer]:
-    class LockedTracer(InterleavingTracer):
-        def execute(self, code: Any) -> None:
-            with lock:
-                super().execute(code)
+def _asked(interleaver: Any, path: str) -> Callable[[], bool]:
+    """Whether a block of the trace waits for a value inside the module at `path`, or a cache keeps one.
 
-    return LockedTracer
+    A block waits for the next value that it reads or writes, so at the module's forward nothing else can be wanted of it.
+    """
+    inside, own = f"{path}.", {f"{path}.{side}" for side in ("input", "output", "skip")}
+
+    def wanted(location: str) -> bool:
+        return location.startswith(inside) and location not in own
+
+    return lambda: any(map(wanted, interleaver.parked)) or any(map(wanted, interleaver.observers))
 
 
 class _Taps:
@@ -144,11 +217,14 @@ class _Taps:
         self.view: TokenView | None = None
         self.positions: Positions | None = None
         self.sites = {site.name for site in sites}
+        self.shape: torch.Size | None = None
+        """(rows, tokens) of the forward pass that a trace runs."""
         self.points: dict[str, TapPoint] = {}
         """By site, and by name of the SAE."""
         self.envoys: dict[str, Envoy] = {}
         envoys = dict(model.named_modules())
         prefix = model.path
+        _check_no_trace(model)
         edited = self._with_positions(model)
         for site in sites:
             parent = envoys[f"{prefix}.{site.path}"]
@@ -157,12 +233,14 @@ class _Taps:
                 # What a run does at the site happens at its first point; in a trace each SAE has its own.
                 point = TapPoint(attached[name].sae if name in attached else None)
                 envoy = self._mount(parent, point)
+                point.shape = lambda: self.shape
                 self.points.setdefault(site.name, point)
                 self.points[name], self.envoys[name] = point, envoy
                 edited = self._with_tap(edited, parent, envoy, site)
         for name, one in attached.items():
             if one.reads != one.writes:
-                self.points[name].writer.append(self.points[one.writes])
+                self.points[name].elsewhere = True
+                self.points[one.writes].transcoders.append(self.points[name])
         self.edited = edited
 
     @staticmethod
@@ -171,6 +249,7 @@ class _Taps:
         names = {name for name in parent.__dict__ if name.startswith("sae")}
         name = next(name for i in range(len(names) + 1) if (name := f"sae{i or ''}") not in names)
         envoy = Envoy(point, path=f"{parent.path}.{name}", interleaver=parent.interleaver, parent=parent)
+        point.asked = _asked(envoy.interleaver, envoy.path)
         object.__setattr__(parent, name, envoy)
         parent._children.append(envoy)
         return envoy
@@ -193,10 +272,13 @@ class _Taps:
 
     def _begin_pass(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note which tokens the model is about to process; called at every forward pass of the model."""
-        if self.positions is None:
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
+        if self.positions is None:  # a user's trace
+            self.shape = getattr(ids, "shape", None)
+            for point in self.points.values():
+                point.changes = None  # of a pass that was stopped
             return
         past = kwargs.get("past_key_values")
-        ids: Any = kwargs.get("input_ids", args[0] if args else None)
         # int() at once: a static cache returns a tensor that it goes on changing.
         self.view = self.positions.view(0 if past is None else int(past.get_seq_length()), ids)
 
@@ -222,7 +304,7 @@ class _Taps:
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """nnsight's tracer on the edited copy. It must be returned as it is: nnsight reads the caller's source."""
-        return self.edited.trace(*args, tracer_cls=_locked_tracer(self.lock), **kwargs)
+        return self.edited.trace(*args, **kwargs)
 
     def run(self, call: Callable[[], Any], actions: Mapping[str, Action], positions: Positions) -> Any:
         """`call()` with an action at some of the sites; the other sites pass on what they get.
@@ -254,6 +336,7 @@ class _Taps:
 
         with self.lock:
             self.check_open()
+            _check_no_trace(self.edited)
             self.positions = positions
             for point in self.points.values():
                 point.action = _unchanged
@@ -280,6 +363,15 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 _NO_INPUT = torch.zeros(1, 1, dtype=torch.long)
+
+
+def _check_no_trace(model: Any) -> None:
+    """Raises ArgumentError in the block of a trace, where the model is running already. To be called with the lock held."""
+    if model.interleaver.interleaving:
+        raise ArgumentError(
+            "the model was called in the block of a trace, where it is running already. Call it before or after the trace, "
+            "or write what you want to change in the block."
+        )
 
 
 def _write_output(parent: Any, envoy: Envoy, site: Site) -> None:
@@ -318,8 +410,10 @@ def _write_input(parent: Any, envoy: Envoy, site: Site) -> None:
         if new is not x:
             parent.input = new
         return
-    # The residual stream goes on in the same tensor, so it is changed in place; autograd needs the old one.
-    new = envoy(x.clone() if torch.is_grad_enabled() else x, hook=True)
+    # The residual stream goes on in the same tensor, so it is changed in place; autograd and a trace's block, which may
+    # have saved it, need the old one.
+    keep = torch.is_grad_enabled() or envoy._module.action is None
+    new = envoy(x.clone() if keep else x, hook=True)
     if new is not x:
         x.copy_(new)
 
@@ -338,7 +432,7 @@ class HookedModel(Runs):
         self._lock = lock_of(lm)
         with self._lock:
             # nnsight sets the padding side and token of the tokenizer it gets.
-            self._nnsight = TransformersModel(lm, task="text-generation", tokenizer=copy.deepcopy(tokenizer))
+            self._nnsight = _Model(lm, task="text-generation", tokenizer=copy.deepcopy(tokenizer))
         self._taps: dict[tuple[str, ...], _Taps] = {}
 
     @classmethod
@@ -402,11 +496,26 @@ class HookedModel(Runs):
             taps = self._readers(tuple(plan.actions), [resolve(self.lm, name)[0] for name in plan.actions])
             return run_plan(taps, call, plan, program, positions, self.lm, self.tokenizer)
         with self._lock:
+            _check_no_trace(self._nnsight)
             return call(), Report()
+
+    @property
+    def nnsight(self) -> Any:
+        """The nnsight model itself, to be used inside `trace`: `model.nnsight.output.logits`, `model.nnsight.lm_head`, ..."""
+        return self._nnsight
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """nnsight's own tracer on the clean model: `with model.trace(text): ...`."""
-        return self._nnsight.trace(*args, tracer_cls=_locked_tracer(self._lock), **kwargs)
+        self._check_trace(kwargs)
+        return self._nnsight.trace(*args, **kwargs)
+
+    def generating(self, *args: Any, **kwargs: Any) -> Any:
+        """nnsight's own tracer of a generation: `with model.generating(text, max_new_tokens=8) as tracer: ...`.
+
+        `tracer.iter[:8]` walks through the forward passes, `tracer.result` are the ids [rows, length]. `kwargs` go to the
+        model's `generate`.
+        """
+        return self.trace(*args, fn=self._nnsight.generate, **self._generation_settings(kwargs))
 
     def envoy(self, site: str) -> Any:
         """The nnsight envoy of the module at a site, to be used inside `trace`."""

@@ -50,15 +50,31 @@ class HookedSAEs(Runs):
                 taps.unmount()
 
     def at(self, site: str) -> Any:
-        """What stands at a site, for use inside `trace`: `.pre_acts`, `.latents`, `.reconstruction` are nnsight sites,
-        `.input` is x before it and `.output` x after it."""
+        """What stands at a site, for use inside `trace` and `generating`.
+
+        Its `.pre_acts`, `.latents`, `.reconstruction` and `.error` are nnsight sites in this order, `.input` is x before
+        them and `.output` x after them: x' = reconstruction + error, as they were left. Of a transcoder, `.error` is
+        y - y_hat where it writes, and x' is there.
+        """
         self._taps.check_open()
         return self._taps.envoys[self.resolve_site(site)]
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """nnsight's own tracer, with the attached SAEs as sites: `with hooked.trace(text): ...`."""
         self._taps.check_open()
+        self._check_trace(kwargs)
         return self._taps.trace(*args, **kwargs)
+
+    def generating(self, *args: Any, **kwargs: Any) -> Any:
+        """nnsight's own tracer of a generation, with the attached SAEs as sites at every step:
+        `with hooked.generating(text, max_new_tokens=8) as tracer: ...`; as `HookedModel.generating`."""
+        return self.trace(*args, fn=self.nnsight.generate, **self._generation_settings(kwargs))
+
+    @property
+    def nnsight(self) -> Any:
+        """The nnsight model with the SAEs, to be used inside `trace`: `hooked.nnsight.output.logits`, ..."""
+        self._taps.check_open()
+        return self._taps.edited
 
     def resolve_site(self, site: str | None) -> str:
         """The attached site that is meant; None where only one is attached.
@@ -103,8 +119,7 @@ class HookedSAEs(Runs):
     def _call(self, call: Callable[[], Any], program: Program, positions: Positions) -> tuple[Any, Report]:
         plan = self.plan(program)
         if not plan.actions and not self._taps.closed:  # nothing to do: what is attached costs nothing
-            with self._taps.lock:
-                return call(), Report()
+            return self.model._call(call, Program(), positions)
         return run_plan(self._taps_for(plan.actions), call, plan, program, positions, self.lm, self.tokenizer)
 
     def _taps_for(self, sites: Iterable[str]) -> Any:

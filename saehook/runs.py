@@ -150,14 +150,32 @@ class Runs:
         _warn_of((result if isinstance(result, Generation) else result[0]).report)
         return result
 
+    @staticmethod
+    def _check_trace(arguments: dict[str, Any]) -> None:
+        """Raises ArgumentError for what a trace cannot do and Hugging Face models take without a word."""
+        if ours := sorted({"edits", "splice", "error"} & arguments.keys()):
+            raise ArgumentError(
+                f"a trace takes no {', '.join(ours)}: its block writes into latents and error itself. Give it to a call: "
+                "hooked(text, edits=...), hooked.generate(text, edits=...)."
+            )
+
+    def _generation_settings(self, hf: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the model's `generate`, with a number of new tokens and a padding token."""
+        hf = dict(hf)
+        settings = hf.get("generation_config") or self.lm.generation_config
+        if "max_new_tokens" not in hf and "max_length" not in hf and "generation_config" not in hf:
+            hf["max_new_tokens"] = getattr(self.lm.generation_config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
+        if "pad_token_id" not in hf and settings.pad_token_id is None:
+            hf["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        return hf
+
     def generate_quietly(self, x: Any, program: Program, seed: int | None, **hf: Any) -> Any:
         """`generate` without warnings: what edits did not do stands in the report only."""
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise ArgumentError(f"seed={seed!r}; a whole number is expected, or None for the caller's random state.")
         batch = self._batch(x)
+        hf = self._generation_settings(hf)
         settings = hf.get("generation_config") or self.lm.generation_config
-        if "max_new_tokens" not in hf and "max_length" not in hf and "generation_config" not in hf:
-            hf["max_new_tokens"] = getattr(self.lm.generation_config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
         length = batch.ids.shape[1]
         if hf.get("max_new_tokens") is not None:
             new = hf["max_new_tokens"]
@@ -176,8 +194,6 @@ class Runs:
             )
         beams = hf.get("num_beams") or settings.num_beams or 1
         returned = hf.get("num_return_sequences") or settings.num_return_sequences or 1
-        if "pad_token_id" not in hf and settings.pad_token_id is None:
-            hf["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         ids, mask = batch.ids.to(self.device), batch.attention_mask.to(self.device)
 
         devices = [self.device] if self.device.type == "cuda" else []
