@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from saehook.attribution import Metric, attribute_rows
 from saehook.edit_blocks import SourceAction
 from saehook.edit_plan import Attached, EditPlan, Place, plan_edits, run_plan
 from saehook.editing import Action, ReadAction, StopForward
@@ -15,7 +16,7 @@ from saehook.errors import SiteError
 from saehook.interventions import Program
 from saehook.positions import Positions
 from saehook.results import Latents, Report
-from saehook.runs import Runs
+from saehook.runs import Runs, frozen
 from saehook.sites import resolve, same_site
 
 if TYPE_CHECKING:
@@ -133,16 +134,16 @@ class HookedSAEs(Runs):
                 self._more_taps[names] = self.model.more_taps(self.attached, names)
             return self._more_taps[names]
 
-    @torch.no_grad()
-    def run(self, x: Any, actions: Mapping[str, Action]) -> Any:
+    def run(self, x: Any, actions: Mapping[str, Action], *, gradients: bool = False) -> Any:
         """One forward pass with any action at each site (`saehook.editing`); None if a reader stopped it.
 
-        `x` as for a call; cheaper than `hooked(x)` for evaluation, since no report is read.
+        `x` as for a call; cheaper than `hooked(x)` for evaluation, since no report is read. With `gradients` it is recorded
+        for those of what the actions put in, in the caller's grad mode; the model's parameters get none.
         """
         batch = self._batch(x)
         arguments = self._arguments(batch, masked=False)
         call = lambda: self.lm(**arguments, use_cache=False)  # noqa: E731
-        with contextlib.suppress(StopForward):
+        with self._taps.lock, frozen(self.lm) if gradients else torch.no_grad(), contextlib.suppress(StopForward):
             return self._taps.run(call, actions, self._positions(batch, Program()))
         return None
 
@@ -175,3 +176,27 @@ class HookedSAEs(Runs):
                     )
                 )
         return rows[0] if batch.single else rows
+
+    def attribute(
+        self, x: Any, metric: Metric, *, steps: int | None = None, exact: bool = False, by_token: bool = True
+    ) -> Any:
+        """What each active latent of each attached SAE contributes to a metric: an `Attribution`, or a list of them for a
+        batch. Its definitions, and what an effect means at several sites, are in `saehook.attribution`.
+
+        Args:
+            x: as for a call.
+            metric: `Logit(" token")`, `Logit(" one", minus=" other")`, `LogProb(" token")`, `Loss()`, or a function of
+                one row's logits, [S, vocab] without padding, that returns one number as a tensor.
+            steps: None: first order, one forward and one backward pass. A number: integrated gradients with as many points,
+                as many passes for each SAE.
+            exact: ablate each latent on each token where it fires, many in a batch; the metric needs no gradient.
+            by_token: False: one effect for each latent. Exact effects are then those of ablating it on all its tokens at
+                once, the others sums.
+
+        Raises:
+            ArgumentError: a metric that is none, names no single token, gives no finite number or has no gradient.
+        """
+        batch = self._batch(x)
+        rows = [ids[mask] for ids, mask in zip(batch.ids, batch.attention_mask.bool(), strict=True)]
+        results = attribute_rows(self, rows, metric, steps=steps, exact=exact, by_token=by_token)
+        return results[0] if batch.single else results

@@ -7,17 +7,17 @@ model needs the context; everything else of a step stays as it is.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saehook.config import MaskRule
 from saehook.harvest import TextStream
 from saehook.hooked_model import HookedModel
 from saehook.positions import TokenView
+from saehook.runs import frozen
 from saehook.tokenization import is_outlier, keep_mask, special_ids
 
 MAX_LOGITS = 2**24
@@ -106,16 +106,3 @@ class PutIn:
 
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
         return x.masked_scatter(self.mask.to(x.device)[..., None], self.vectors.to(x.device, x.dtype))
-
-
-@contextlib.contextmanager
-def frozen(lm: nn.Module) -> Iterator[None]:
-    """No gradients for the model's own parameters: nothing is recorded below the site then."""
-    learning = [parameter for parameter in lm.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)

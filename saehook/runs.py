@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saehook.errors import ArgumentError, ContextLengthError, NoEffectWarning
 from saehook.interventions import AnyEdit, Program
@@ -228,3 +229,16 @@ class Runs:
 def _warn_of(report: Report) -> None:
     for note in report.notes():
         warnings.warn(note, NoEffectWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def frozen(lm: nn.Module) -> Iterator[None]:
+    """No gradients for the model's own parameters: nothing is recorded below the site then."""
+    learning = [parameter for parameter in lm.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
