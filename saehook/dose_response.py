@@ -31,12 +31,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
+from saehook.config import MaskRule
 from saehook.errors import ArgumentError, NoEffectWarning
-from saehook.interventions import NO_VALUE, Edit, Program
+from saehook.interventions import AnyEdit, Edit, Program
 from saehook.metrics import token_kl
-from saehook.positions import Positions
 from saehook.results import Generation, Report
-from saehook.tokenization import special_ids
+from saehook.tokenization import Batch
 
 if TYPE_CHECKING:
     from saehook.hooked_model import HookedModel
@@ -72,7 +72,7 @@ class DoseRow:
 class DoseResponse:
     """What `sweep` found; as text by `table()` and `print`, as data by `to_json()`."""
 
-    edit: Edit
+    edit: AnyEdit
     """The edit; its value is that of the first strength."""
     rows: tuple[DoseRow, ...]
     """In the order of the strengths."""
@@ -107,7 +107,7 @@ class DoseResponse:
         table = "\n".join(
             "  ".join([*(cell.rjust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in lines
         )
-        notes = [f"{self.edit.op} {', '.join(map(str, self.edit.latents))}, strengths {self.edit.unit}"]
+        notes = [f"first strength: {self.edit}"]
         notes.append(f"target: log-probability of {self.target_token!r}, next token and mean over the new ones")
         notes.append(f"{self.shared_tokens} of {len(self.prompt_ids)} prompt tokens ran once for all rows")
         return "\n".join([table, *notes, *([self.note] if self.note else [])])
@@ -164,7 +164,7 @@ class SameNoise(TorchFunctionMode):
 def sweep(
     hooked: HookedSAEs,
     prompt: Any,
-    edit: Edit,
+    edit: AnyEdit,
     strengths: Iterable[float],
     *,
     target: int | str | None = None,
@@ -173,7 +173,7 @@ def sweep(
 ) -> DoseResponse:
     """`HookedSAEs.sweep` for any edit that has a value; the strengths take the place of that value."""
     values = _strengths(strengths)
-    if edit.op in NO_VALUE:
+    if edit.value is None:
         raise ArgumentError(f"{edit.op!r} takes no value, so it has no strength. Use 'add', 'set' or 'scale'.")
     if edit.where.rows is not None:
         raise ArgumentError(f"the rows of a sweep are its strengths, but where names rows {edit.where.rows}.")
@@ -181,16 +181,15 @@ def sweep(
     batch = hooked._batch(prompt)
     if len(batch.ids) != 1:
         raise ArgumentError(f"a sweep takes one prompt, not {len(batch.ids)}. Call it once for each.")
-    ids = batch.ids[0]
-    sae = hooked.saes[hooked.resolve_site(edit.site)]
-    sae.check_latents(edit.latents)
+    for one in edits:
+        hooked.plan(Program(edits=[one]))  # what the SAE or site cannot do is an error before anything runs
     wanted = None if target is None else _target_id(hooked, target)
-    rows = run_rows(hooked, ids, edits, seed, hf)
+    rows = run_rows(hooked, batch, edits, seed, hf)
     if wanted is None:
         wanted = _promoted(hooked, edit)
     if wanted is None:
         wanted = int(rows.logits[0][-1].argmax())
-    measured = _measure(hooked.model, rows, len(ids), wanted)
+    measured = _measure(hooked.model, rows, batch.ids.shape[1], wanted)
     made = [
         DoseRow(strength, generation, dose, **measures, repetition=repetition(generation.new_ids))
         for strength, generation, dose, measures in zip(
@@ -201,7 +200,7 @@ def sweep(
         edit=edits[0],
         rows=tuple(made[:-1]),
         unedited=made[-1],
-        prompt_ids=ids,
+        prompt_ids=batch.ids[0],
         target=wanted,
         target_token=hooked.tokenizer.decode([wanted]),
         shared_tokens=rows.shared_tokens,
@@ -227,12 +226,15 @@ class Rows:
 
 
 @torch.no_grad()
-def run_rows(hooked: HookedSAEs, ids: Tensor, edits: Sequence[Edit], seed: int | None, hf: dict[str, Any]) -> Rows:
-    """Continue the prompt `ids` [L] once with each edit; the edits differ in nothing but their values. `hf` is changed."""
+def run_rows(hooked: HookedSAEs, prompt: Batch, edits: Sequence[AnyEdit], seed: int | None, hf: dict[str, Any]) -> Rows:
+    """Continue the prompt, one row, once with each edit; the edits differ in nothing but their values. `hf` is changed."""
     settings = _row_options(hooked, hf)
+    ids = prompt.ids[0]
     n_rows, last = len(edits) + 1, len(ids) - 1
-    clean_tokens = min(_first_selected(hooked, edits[0], ids), last)
+    clean_tokens = min(_first_selected(hooked, edits[0], prompt), last)
     prefix, note = None, _why_uncached(hf, settings)
+    if clean_tokens and edits[0].when is not None:
+        clean_tokens, note = 0, note or "the edit's condition reads the prompt, so each row ran its own"
     if clean_tokens and not note:
         prefix = _cached(hooked.model, ids[:clean_tokens])
         if prefix is None:
@@ -243,7 +245,8 @@ def run_rows(hooked: HookedSAEs, ids: Tensor, edits: Sequence[Edit], seed: int |
             for row, edit in enumerate(edits)
         ]
     )
-    batch = hooked._batch(ids.repeat(n_rows, 1))
+    roles = prompt.roles and prompt.roles * n_rows
+    batch = Batch(prompt.ids.repeat(n_rows, 1), prompt.attention_mask.repeat(n_rows, 1), single=False, roles=roles)
     past = {} if prefix is None else {"past_key_values": _repeated(prefix, n_rows)}
     sampled = hf.get("do_sample", settings.do_sample)
     with SameNoise() if sampled else contextlib.nullcontext():
@@ -323,15 +326,14 @@ def _why_uncached(hf: dict[str, Any], settings: Any) -> str:
     return ""
 
 
-def _first_selected(hooked: HookedSAEs, edit: Edit, ids: Tensor) -> int:
+def _first_selected(hooked: HookedSAEs, edit: AnyEdit, prompt: Batch) -> int:
     """The first token of the prompt that the edit may select, whatever its norm; the prompt's length if none."""
-    run = Positions(ids[None], None, special_ids(hooked.tokenizer))
-    run.check(edit.where)
-    view = run.view(0, ids[None])
-    rule = hooked.saes[hooked.resolve_site(edit.site)].mask_rule
-    keep = view.mask(rule, torch.zeros(1, len(ids)), special=edit.where.special)
-    selected = view.select(edit.where, keep)[0] if view.may_select(edit.where) else torch.zeros(len(ids))
-    return int(selected.nonzero()[0]) if selected.any() else len(ids)
+    view = hooked._positions(prompt, Program(edits=[edit])).view(0, prompt.ids)
+    if not view.may_select(edit.where):
+        return prompt.ids.shape[1]
+    rule = hooked.saes[hooked.resolve_site(edit.site)].mask_rule if isinstance(edit, Edit) else MaskRule()
+    selected = view.select(edit.where, view.mask(rule, torch.zeros(prompt.ids.shape), edit.where))[0].cpu()
+    return int(selected.nonzero()[0]) if selected.any() else prompt.ids.shape[1]
 
 
 def _cached(model: HookedModel, ids: Tensor, past: Any = None) -> Any:
@@ -355,7 +357,7 @@ def _repeated(cache: Any, n_rows: int) -> Any:
     return cache
 
 
-def _row_report(report: Report, row: int, edit: Edit) -> Report:
+def _row_report(report: Report, row: int, edit: AnyEdit) -> Report:
     """The report that the row's single run has."""
     own = report.edits[row]
     sites = tuple(site._replace(tokens=own.tokens, dose=own.dose) for site in report.sites)
@@ -368,11 +370,14 @@ def _warn_if_nothing(reports: Sequence[Report]) -> None:
         warnings.warn(f"no strength did anything: {notes[0]}", NoEffectWarning, stacklevel=5)
 
 
-def _promoted(hooked: HookedSAEs, edit: Edit) -> int | None:
-    """The id that the latents' direction promotes most through the unembedding, the final norm left out; None where the
-    SAE does not write in the residual stream's width."""
+def _promoted(hooked: HookedSAEs, edit: AnyEdit) -> int | None:
+    """The id that the edit's direction promotes most through the unembedding, the final norm left out; None where it is
+    not as wide as the residual stream."""
     unembedding = hooked.lm.get_output_embeddings()
-    direction = hooked.saes[hooked.resolve_site(edit.site)].W_dec[list(edit.latents)].float().sum(0)
+    if isinstance(edit, Edit):
+        direction = hooked.saes[hooked.resolve_site(edit.site)].W_dec[list(edit.latents)].float().sum(0)
+    else:
+        direction = torch.tensor(edit.vector)
     if unembedding is None or unembedding.weight.shape[-1] != len(direction):
         return None
     weight = unembedding.weight

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from saehook.editing import ReadAction
 from saehook.errors import ArgumentError
-from saehook.interventions import MAX_VALUE, NO_VALUE, Edit, Program
+from saehook.fields import MAX_VALUE
+from saehook.interventions import AnyEdit, Edit, Program
 from saehook.metrics import token_kl
+from saehook.tokenization import Batch
 
 if TYPE_CHECKING:
     from saehook.hooked_saes import HookedSAEs
@@ -40,7 +42,7 @@ STILL = 1e-3
 class KLStrength:
     """An edit, and what it does to the next tokens."""
 
-    edit: Edit
+    edit: AnyEdit
     """The edit that was given, with the value that was found, in its own unit."""
     kl: float
     """Mean KL(unedited ‖ edited) in nats per token with it, as measured."""
@@ -53,7 +55,7 @@ class KLStrength:
 @torch.no_grad()
 def strength_for_kl(
     hooked: HookedSAEs,
-    edit: Edit,
+    edit: AnyEdit,
     target_kl: float,
     text: Any,
     *,
@@ -68,8 +70,8 @@ def strength_for_kl(
     factors above 1 grow, those from 0 to 1 fall at most to 0, negative ones move away from 0.
 
     Args:
-        edit: one that has a value. An edit of `generation()` is measured on all tokens, as if the text were generated, and
-            one of some `rows` on all rows.
+        edit: one that has a value, in a unit other than `kl`. An edit of `generation()` is measured on all tokens, as if
+            the text were generated, and one of some `rows` on all rows.
         text: text, ids, a list of either, or windows [n, length].
         error, norm: as in the `Program` that the edit is for.
         tolerance: how far the KL may be from the target, as a share of it.
@@ -79,11 +81,15 @@ def strength_for_kl(
         ArgumentError: an edit without value, a target that is no finite number above 0, a text without a token of the
             mask, or a target that no value reaches; the largest KL that was reached is named.
     """
-    if edit.op in NO_VALUE:
+    if edit.value is None:
         raise ArgumentError(f"{edit.op!r} takes no value, so none can be found for it. Use 'add', 'set' or 'scale'.")
+    if edit.unit == "kl":
+        raise ArgumentError(
+            f"the unit of {edit} is the KL itself. Say in which unit to look for it, such as unit='raw'."
+        )
     if isinstance(target_kl, bool) or not isinstance(target_kl, (int, float)) or not 0 < target_kl < math.inf:
         raise ArgumentError(f"target_kl={target_kl!r}; a finite number of nats above 0 is expected.")
-    divergence = Divergence(hooked, edit.site, text)
+    divergence = Divergence(hooked, edit, text)
     where = dataclasses.replace(edit.where, rows=None)
     if not where.prompt:
         where = dataclasses.replace(where, prompt=True)
@@ -91,8 +97,13 @@ def strength_for_kl(
     seen: list[tuple[float, float]] = []
 
     def measure(size: float) -> float:
-        trial = dataclasses.replace(edit, value=line.value(size), where=where)
-        kl = divergence.of(Program(edits=[trial], error=error, norm=norm))
+        try:
+            trial = dataclasses.replace(edit, value=line.value(size), where=where)
+            kl = divergence.of(Program(edits=[trial], error=error, norm=norm))
+        except ArgumentError:  # a value that the unit or the model's dtype does not have
+            if not seen:
+                raise
+            kl = math.nan
         seen.append((size, kl))
         return kl
 
@@ -129,22 +140,20 @@ def strength_for_kl(
 class Divergence:
     """KL(unedited ‖ edited) on one text; the unedited logits are kept, [tokens of the mask, vocabulary] in their dtype."""
 
-    def __init__(self, hooked: HookedSAEs, site: str | None, text: Any) -> None:
-        """`site`: of the SAE whose mask counts. Raises ArgumentError if no token of the text is in it."""
+    def __init__(self, hooked: HookedSAEs, edit: AnyEdit, text: Any) -> None:
+        """`edit`: at whose SAE the mask counts. Raises ArgumentError if no token of the text is in it."""
         self.hooked = hooked
-        site = hooked.resolve_site(site)
-        rule = hooked.saes[site].mask_rule
         batch = hooked._batch(text)
-        rows = [ids[mask.bool()] for ids, mask in zip(batch.ids, batch.attention_mask, strict=True)]
         size = max(1, MAX_LOGITS // (batch.ids.shape[1] * hooked._vocab_size))
-        self.parts: list[tuple[list[Tensor], Tensor, Tensor]] = []
-        """Rows of ids; which of their padded tokens count, [rows, length]; unedited logits of those."""
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            reader = ReadAction([], stop=False)
-            logits = hooked.run(part, {site: reader}).logits
-            keep = reader.mask(rule).to(logits.device)
-            self.parts.append((part, keep, logits[keep]))
+        self.parts: list[tuple[Batch, Tensor, Tensor]] = []
+        """Rows; which of their tokens count, [rows, length]; unedited logits of those."""
+        for start in range(0, len(batch.ids), size):
+            rows = slice(start, start + size)
+            part = Batch(
+                batch.ids[rows], batch.attention_mask[rows], single=False, roles=batch.roles and batch.roles[rows]
+            )
+            logits, keep = self._clean(part, edit)
+            self.parts.append((part, keep.to(logits.device), logits[keep.to(logits.device)]))
         self.tokens = sum(int(keep.sum()) for _, keep, _ in self.parts)
         """How many tokens count."""
         if not self.tokens:
@@ -152,13 +161,28 @@ class Divergence:
                 "no token of the text is in the mask of the SAE, so there is nothing to measure. Give real text."
             )
 
+    def _clean(self, part: Batch, edit: AnyEdit) -> tuple[Tensor, Tensor]:
+        """Unedited logits [rows, length, vocabulary], and the mask [rows, length]."""
+        positions = self.hooked._positions(part, Program())
+        if not isinstance(edit, Edit):
+            output, _ = self.hooked._call(self._pass(part), Program(), positions)
+            return output.logits, positions.keep
+        name = self.hooked.resolve_site(edit.site)
+        reader = ReadAction([], stop=False)
+        output = self.hooked._taps.run(self._pass(part), {self.hooked.attached[name].reads: reader}, positions)
+        return output.logits, reader.mask(self.hooked.saes[name].mask_rule)
+
+    def _pass(self, part: Batch) -> Callable[[], Any]:
+        arguments = self.hooked._arguments(part, masked=False)
+        return lambda: self.hooked.lm(**arguments, use_cache=False)
+
     @torch.no_grad()
     def of(self, program: Program) -> float:
-        """Mean over the tokens, nats. Rows of the program's edits are those of one part: leave them out."""
+        """Mean over the tokens, nats."""
         total = 0.0
         for part, keep, clean in self.parts:
-            logits = self.hooked.run(part, self.hooked.actions(program)).logits
-            total += float(token_kl(clean, logits[keep]).sum())
+            output, _ = self.hooked._call(self._pass(part), program, self.hooked._positions(part, program))
+            total += float(token_kl(clean, output.logits[keep]).sum())
         return total / self.tokens
 
 
@@ -171,7 +195,7 @@ class _Line:
     limit: float = MAX_VALUE
 
 
-def _line(edit: Edit) -> _Line:
+def _line(edit: AnyEdit) -> _Line:
     value = edit.value
     assert value is not None
     sign = math.copysign(1.0, value)
@@ -179,7 +203,7 @@ def _line(edit: Edit) -> _Line:
         if value > 1:
             return _Line(lambda size: 1 + size, value - 1)
         return _Line(lambda size: 1 - size, 1 - value or 0.5, limit=1.0)
-    if edit.op == "max" and value > 0:  # the smaller the bound, the larger its effect
+    if edit.op in ("max", "cap") and value > 0:  # the smaller the bound, the larger its effect
         return _Line(lambda size: 1 / size, 1 / value)
     return _Line(lambda size: sign * size, abs(value) or 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,21 +11,10 @@ from builders import random_ids, tiny_sae
 from torch.nn.functional import kl_div
 
 from saehook.errors import ArgumentError
-from saehook.interventions import (
-    Edit,
-    Program,
-    Where,
-    ablate,
-    at_least,
-    at_most,
-    clamp,
-    generation,
-    scale,
-    steer,
-    tokens,
-)
+from saehook.interventions import Program, VectorEdit, ablate, at_least, at_most, clamp, scale, steer
 from saehook.kl_strength import strength_for_kl
 from saehook.metrics import token_kl
+from saehook.where import Where, generation, tokens
 
 SITE = "layers.1.resid_post"
 TEXT = [random_ids(30, bos=True), random_ids(17, seed=1), random_ids(24, seed=2, bos=True)]
@@ -66,6 +56,7 @@ def mean_kl(hooked: Any, program: Program) -> float:
         (at_most(5, 2.0), 0.06),
         (steer(5, 1.0, active_only=True), 0.1),
         (steer(5, 1.0, where=tokens(3)), 1e-3),
+        (VectorEdit(op="add", vector=(1.0,) * 32, value=-0.1, site="layers.0.mlp_out"), 0.05),
     ],
     ids=str,
 )
@@ -76,7 +67,7 @@ def test_the_kl_is_the_one_asked_for(hooked, edit, target):
     assert found.tokens == 30 + 17 + 24
     assert found.passes <= 12
     assert edit.value is not None
-    assert found.edit == Edit(**{**vars(edit), "value": found.edit.value})
+    assert found.edit == dataclasses.replace(edit, value=found.edit.value)
     assert (found.edit.value < 0) == (edit.value < 0)
 
 
@@ -138,6 +129,7 @@ def test_a_kl_out_of_reach(hooked, edit, target):
     ("edit", "target", "text", "message"),
     [
         (ablate(5), 0.1, TEXT, "no value"),
+        (steer(5, 1.0, unit="kl"), 0.1, TEXT, "the KL itself"),
         (steer(5, 1.0), 0.0, TEXT, "above 0"),
         (steer(5, 1.0), float("nan"), TEXT, "above 0"),
         (steer(5, 1.0), True, TEXT, "above 0"),

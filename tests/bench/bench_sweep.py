@@ -1,4 +1,4 @@
-"""Sixteen strengths of one edit in one batch, against one generation after another.
+"""Sixteen texts in one batch, fifteen strengths and the unedited one, against one generation after another.
 
     python tests/bench/bench_sweep.py [--json out.json] [--repeats 5]
 
@@ -22,9 +22,9 @@ from bench_splice import gpt2_sized, interleaved, ratio, saes
 import saehook
 from saehook import HookedModel, generation, steer
 from saehook.dose_response import run_rows
-from saehook.interventions import Where
+from saehook.where import Where
 
-STRENGTHS = [float(value) for value in range(1, 17)]
+STRENGTHS = [float(value) for value in range(1, 16)]
 LATENT = 7
 
 
@@ -34,21 +34,22 @@ def bench(model: HookedModel, layer: int, n_prompt: int, n_new: int, where: Wher
     ids = [10 + i % 200 for i in range(n_prompt)]
     options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "pad_token_id": 0}
     edits = [steer(LATENT, value, where=where) for value in STRENGTHS]
+    programs = [*edits, ()]
 
     def texts() -> list[list[int]]:
-        rows = run_rows(hooked, torch.tensor(ids), edits, None, dict(options))
-        return [row.new_ids.tolist() for row in rows.generations[:-1]]
+        rows = run_rows(hooked, hooked._batch(ids), edits, None, dict(options))
+        return [row.new_ids.tolist() for row in rows.generations]
 
     def loop() -> list[list[int]]:
-        return [hooked.generate(ids, edits=edit, **options).new_ids.tolist() for edit in edits]
+        return [hooked.generate(ids, edits=edit, **options).new_ids.tolist() for edit in programs]
 
     @torch.no_grad()
     def loop_measured() -> list[torch.Tensor]:
-        found = [hooked.generate(ids, edits=edit, **options).ids for edit in edits]
+        found = [hooked.generate(ids, edits=edit, **options).ids for edit in programs]
         return [model(row, use_cache=False).logits[:, -1] for row in found]
 
     same = sum(a == b for a, b in zip(texts(), loop(), strict=True))
-    assert same == len(STRENGTHS), f"only {same} rows have the tokens of their single runs"
+    assert same == len(programs), f"only {same} rows have the tokens of their single runs"
     seconds = interleaved(
         {
             "texts": texts,
