@@ -367,7 +367,7 @@ def _row_report(report: Report, row: int, edit: AnyEdit) -> Report:
 def _warn_if_nothing(reports: Sequence[Report]) -> None:
     notes = [note for report in reports for note in report.notes()]
     if len(notes) == len(reports):  # a strength that changes nothing is a good baseline; all of them are a mistake
-        warnings.warn(f"no strength did anything: {notes[0]}", NoEffectWarning, stacklevel=5)
+        warnings.warn(f"no strength did anything: {notes[0]}", NoEffectWarning, stacklevel=7)
 
 
 def _promoted(hooked: HookedSAEs, edit: AnyEdit) -> int | None:
