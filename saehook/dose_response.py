@@ -340,7 +340,9 @@ def _cached(model: HookedModel, ids: Tensor, past: Any = None) -> Any:
     """The unedited model's cache after `ids` [n] (behind those in `past`), one row; None if it cannot be repeated."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.lm.forward).parameters else {}
+    keep: dict[str, Any] = (
+        {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.lm.forward).parameters else {}
+    )
     output = model(ids[None], past_key_values=past, use_cache=True, **keep)
     cache = getattr(output, "past_key_values", None)
     plain = type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= {

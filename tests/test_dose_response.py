@@ -210,7 +210,7 @@ def test_a_model_with_a_cache_of_another_kind():
     assert found.shared_tokens == 0
     assert "cannot be repeated" in found.note
     for row in found.rows:
-        alone = hooked.generate(IDS, edits=edit_of(row.strength, where=generation()), max_new_tokens=4)
+        alone = hooked.generate(IDS, edits=edit_of(row.strength or 0.0, where=generation()), max_new_tokens=4)
         assert torch.equal(row.generation.ids, alone.ids)
 
 

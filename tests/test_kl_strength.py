@@ -67,6 +67,7 @@ def test_the_kl_is_the_one_asked_for(hooked, edit, target):
     assert found.tokens == 30 + 17 + 24
     assert found.passes <= 12
     assert edit.value is not None
+    assert found.edit.value is not None
     assert found.edit == dataclasses.replace(edit, value=found.edit.value)
     assert (found.edit.value < 0) == (edit.value < 0)
 
