@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from saehook.attribution import Metric, attribute_rows
+from saehook.dose_response import DoseResponse, sweep
 from saehook.edit_blocks import SourceAction
 from saehook.edit_plan import Attached, EditPlan, Place, plan_edits, run_plan
 from saehook.editing import Action, ReadAction, StopForward
 from saehook.errors import SiteError
-from saehook.interventions import Program
+from saehook.interventions import NO_VALUE, AnyEdit, Edit, Program, VectorEdit
 from saehook.positions import Positions
 from saehook.results import Latents, Report
 from saehook.runs import Runs, frozen
 from saehook.sites import resolve, same_site
+from saehook.where import EVERYWHERE, Where
 
 if TYPE_CHECKING:
     from saehook.hooked_model import HookedModel
@@ -146,6 +148,51 @@ class HookedSAEs(Runs):
         with self._taps.lock, frozen(self.lm) if gradients else torch.no_grad(), contextlib.suppress(StopForward):
             return self._taps.run(call, actions, self._positions(batch, Program()))
         return None
+
+    def sweep(
+        self,
+        prompt: Any,
+        latent: int | Sequence[int] | AnyEdit,
+        strengths: Iterable[float],
+        op: str = "add",
+        unit: str = "raw",
+        site: str | None = None,
+        where: Where | None = None,
+        active_only: bool = False,
+        target: int | str | None = None,
+        seed: int | None = None,
+        **hf: Any,
+    ) -> DoseResponse:
+        """Continue one prompt at many strengths of one edit, all in one batch; see `saehook.dose_response`.
+
+        Row r has the tokens of `generate(prompt, edits=[edit with strengths[r]], seed=seed, **hf)`.
+
+        Args:
+            prompt: text, or ids.
+            latent: one or several; or a whole `Edit` or `VectorEdit`, of which the strengths are the value. What follows is
+                its own then.
+            op, unit, site, where, active_only: as for an `Edit`; `op` is one that has a value.
+            target: the token, or its id, whose log-probability is measured; None: the one that the latent's direction
+                promotes most through the unembedding, or, at sites of another width, the unedited next token.
+            hf: as for `generate`; one text per row, so no beams and return sequences.
+
+        Raises:
+            ArgumentError: no strength, one that is no finite number, several prompts, a target that is no single token,
+                an option of `generate` that is not for rows.
+        """
+        if isinstance(latent, (Edit, VectorEdit)):
+            edit = latent
+        else:
+            edit = Edit(
+                op=op,
+                latents=tuple(latent) if isinstance(latent, Iterable) else (latent,),
+                value=None if op in NO_VALUE else 1.0,
+                unit=unit,
+                site=site,
+                where=EVERYWHERE if where is None else where,
+                active_only=active_only,
+            )
+        return sweep(self, prompt, edit, strengths, target=target, seed=seed, **hf)
 
     def latents(self, x: Any, site: str | None = None) -> Any:
         """Latent activations of a text: a `Latents`, or a list of them for a batch. The model runs up to the site."""

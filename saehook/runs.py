@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -172,10 +172,17 @@ class Runs:
 
     def generate_quietly(self, x: Any, program: Program, seed: int | None, **hf: Any) -> Any:
         """`generate` without warnings: what edits did not do stands in the report only."""
+        batch = self._batch(x)
+        output, report = self._generate(batch, program, seed, hf)
+        sequences = (output if isinstance(output, Tensor) else output.sequences).cpu()
+        rows = self._generations(batch, sequences, hf, [report] * len(sequences))
+        return rows[0] if batch.single and len(rows) == 1 else rows
+
+    def _generate(self, batch: Batch, program: Program, seed: int | None, hf: dict[str, Any]) -> tuple[Any, Report]:
+        """What the model's `generate` gives for the rows of a batch, and the report; fills in what `hf` leaves open."""
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise ArgumentError(f"seed={seed!r}; a whole number is expected, or None for the caller's random state.")
-        batch = self._batch(x)
-        hf = self._generation_settings(hf)
+        hf.update(self._generation_settings(hf))
         settings = hf.get("generation_config") or self.lm.generation_config
         length = batch.ids.shape[1]
         if hf.get("max_new_tokens") is not None:
@@ -199,7 +206,7 @@ class Runs:
 
         devices = [self.device] if self.device.type == "cuda" else []
 
-        def call() -> Tensor:  # runs under the model's lock, so no other run draws from this random state
+        def call() -> Any:  # runs under the model's lock, so no other run draws from this random state
             with torch.random.fork_rng(devices=devices, enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
@@ -207,14 +214,19 @@ class Runs:
 
         positions = self._positions(batch, program, beams if beams > 1 else returned, reorders=beams > 1)
         with torch.no_grad():
-            output, report = self._call(call, program, positions)
-        sequences = (output if isinstance(output, Tensor) else output.sequences).cpu()
+            return self._call(call, program, positions)
+
+    def _generations(
+        self, batch: Batch, sequences: Tensor, hf: dict[str, Any], reports: Sequence[Report]
+    ) -> list[Generation]:
+        """The rows that `_generate` gave, [rows, length + new] on the CPU, each without its padding."""
+        settings = hf.get("generation_config") or self.lm.generation_config
         eos = hf.get("eos_token_id", settings.eos_token_id)
-        rows = [
-            self._generation(row, batch.attention_mask[i // returned], length, eos, report)
-            for i, row in enumerate(sequences)
+        returned = len(sequences) // len(batch.ids)
+        return [
+            self._generation(row, batch.attention_mask[i // returned], batch.ids.shape[1], eos, report)
+            for i, (row, report) in enumerate(zip(sequences, reports, strict=True))
         ]
-        return rows[0] if batch.single and returned == 1 else rows
 
     def _generation(self, row: Tensor, mask: Tensor, length: int, eos: Any, report: Report) -> Generation:
         """One row without the padding on its left and behind its EOS."""

@@ -19,7 +19,7 @@ LAYERS = [
     "losses activation_fns where conditions schedules interventions sites conversation tokenization sweep run_state",
     "sae row_text positions optim batches tracks readback",
     "checkpoint edit_blocks editing results edit_plan calibration methods",
-    "runs attribution hooked_saes hooked_model streaming trainer",
+    "runs attribution dose_response kl_strength hooked_saes hooked_model streaming trainer",
     "harvest activation_cache evaluation kl_tuning",
     "charts reports training_run",
     "app/*",
