@@ -15,6 +15,7 @@ from saehook.edit_plan import Attached, EditPlan, Place, plan_edits, run_plan
 from saehook.editing import Action, ReadAction, StopForward
 from saehook.errors import SiteError
 from saehook.interventions import NO_VALUE, AnyEdit, Edit, Program, VectorEdit
+from saehook.kl_strength import calibrated
 from saehook.positions import Positions
 from saehook.results import Latents, Report
 from saehook.runs import Runs, frozen
@@ -193,6 +194,22 @@ class HookedSAEs(Runs):
                 active_only=active_only,
             )
         return sweep(self, prompt, edit, strengths, target=target, seed=seed, **hf)
+
+    def calibrate(self, edits: Program | AnyEdit | Iterable[AnyEdit], text: Any, *, tolerance: float = 0.01) -> Program:
+        """Turn strengths that are a KL (`unit="kl"`) into amounts.
+
+        Each such edit alone, with the error and norm of the program, changes the model's next tokens on `text` by a mean
+        KL(unedited ‖ edited) of |value| nats per token; a negative value goes the other way: it subtracts, or scales down.
+
+        Args:
+            edits: edits or a program; those with another unit stay as they are.
+            text: text, ids, a list of either, or windows [n, length].
+            tolerance: how far the KL may be from the one asked for, as a share of it.
+
+        Raises:
+            ArgumentError: no amount reaches the KL; the largest that was reached is named.
+        """
+        return calibrated(self, Program.of(edits), text, tolerance=tolerance)
 
     def latents(self, x: Any, site: str | None = None) -> Any:
         """Latent activations of a text: a `Latents`, or a list of them for a batch. The model runs up to the site."""

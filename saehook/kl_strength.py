@@ -238,3 +238,19 @@ def _still(seen: list[tuple[float, float]]) -> bool:
     if now <= 0:
         return len(seen) >= 4 and all(kl <= 0 for _, kl in seen[-4:])
     return abs(math.log(b / a)) > 0.99 * math.log(MAX_STEP) and abs(now - before) <= STILL * max(now, before)
+
+
+def calibrated(hooked: HookedSAEs, program: Program, text: Any, *, tolerance: float = 0.01) -> Program:
+    """The program with an amount in place of each strength that is a KL; see `HookedSAEs.calibrate`."""
+    edits = []
+    for edit in program.edits:
+        if edit.unit == "kl":
+            assert edit.value is not None
+            # `scale` goes up from 1 for a positive KL, down for a negative one; the others keep the sign.
+            start = 2.0 ** math.copysign(1.0, edit.value) if edit.op == "scale" else math.copysign(1.0, edit.value)
+            trial = dataclasses.replace(edit, value=start, unit="raw")
+            edit = strength_for_kl(
+                hooked, trial, abs(edit.value), text, error=program.error, norm=program.norm, tolerance=tolerance
+            ).edit
+        edits.append(edit)
+    return dataclasses.replace(program, edits=tuple(edits))

@@ -11,7 +11,7 @@ from builders import random_ids, tiny_sae
 from torch.nn.functional import kl_div
 
 from saehook.errors import ArgumentError
-from saehook.interventions import Program, VectorEdit, ablate, at_least, at_most, clamp, scale, steer
+from saehook.interventions import Program, VectorEdit, ablate, add_vector, at_least, at_most, clamp, scale, steer
 from saehook.kl_strength import strength_for_kl
 from saehook.metrics import token_kl
 from saehook.where import Where, generation, tokens
@@ -152,3 +152,35 @@ def test_kl_of_tokens_in_chunks(monkeypatch):
         monkeypatch.setattr("saehook.metrics.CHUNK_LOGITS", chunk)
         torch.testing.assert_close(token_kl(clean, edited), expected.sum(-1))
     assert token_kl(clean[:0], edited[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        steer(5, 0.05, unit="kl"),
+        steer(5, -0.05, unit="kl"),
+        clamp(5, 0.1, unit="kl"),
+        scale(5, 0.01, unit="kl"),
+        add_vector([1.0, -1.0] * 16, 0.03, unit="kl", site="layers.0.mlp_out"),
+    ],
+    ids=str,
+)
+def test_a_strength_that_is_a_kl_becomes_an_amount(hooked, edit):
+    with pytest.raises(ArgumentError, match=r"hooked\.calibrate\(edits, text\)"):
+        hooked(TEXT[0], edit)
+    other = ablate(7)
+    program = hooked.calibrate([other, edit], TEXT)
+    assert program.edits[0] == other
+    found = program.edits[1]
+    assert dataclasses.replace(found, value=edit.value, unit="kl") == edit
+    assert found.unit == "raw"
+    assert mean_kl(hooked, Program(edits=[found])) == pytest.approx(abs(edit.value), rel=0.011)
+    if edit.op == "add":
+        assert (found.value > 0) == (edit.value > 0)
+
+
+def test_only_some_operations_have_a_kl():
+    with pytest.raises(ArgumentError, match="unit='kl' is for set, add, scale, not for 'min'"):
+        at_least(5, 0.1, unit="kl")
+    with pytest.raises(ArgumentError, match="KL of 0 is the unedited model"):
+        steer(5, 0.0, unit="kl")
