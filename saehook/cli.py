@@ -1,6 +1,7 @@
-"""`saehook demo | eval | train | generate | replay | export | stats | sites`. Every command works on the bundled files without arguments.
+"""`saehook demo | eval | train | generate | replay | export | stats | sites`.
 
-Heavy packages are imported by the command that needs them, so `saehook --help` is instant.
+Every command works on the bundled files without further arguments. Heavy packages are imported by the command that needs
+them, so `saehook --help` is instant.
 """
 
 from __future__ import annotations

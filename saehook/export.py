@@ -106,7 +106,9 @@ def export_checkpoint(
     program = Program.of(program)
     lm = hooked.lm
     if getattr(lm, "hf_quantizer", None) is not None or any(p.is_meta for p in lm.parameters()):
-        raise ExportError("the model is quantised or offloaded, so its weights are not at hand. Load it as it is stored.")
+        raise ExportError(
+            "the model is quantised or offloaded, so its weights are not at hand. Load it as it is stored."
+        )
     changes: dict[str, Tensor] = {}
     for site, vector in constants(hooked, program, every_token=every_token).items():
         for path, side in _folds(lm, resolve(lm, site)[0]):
@@ -196,9 +198,7 @@ def _obstacle(edit: Any, every_token: bool) -> str | None:
     if edit.unit == "norm":
         return "its unit 'norm' is relative to each token's norm. Use 'raw' or 'max'."
     # Whatever an edit can say besides these, it is not unconditional.
-    plain = Edit(
-        op="add", latents=edit.latents, value=edit.value, unit=edit.unit, site=edit.site, where=ALL_TOKENS
-    )
+    plain = Edit(op="add", latents=edit.latents, value=edit.value, unit=edit.unit, site=edit.site, where=ALL_TOKENS)
     if edit == plain or (every_token and edit == dataclasses.replace(plain, where=EVERYWHERE)):
         return None
     if edit == dataclasses.replace(plain, where=EVERYWHERE):
@@ -332,7 +332,7 @@ def _card(hooked: HookedSAEs, program: Program) -> str:
     lines = [
         f"# {hooked.model.name}, edited",
         "",
-        "The language model with constants added to its biases, by saehook; it needs no SAE. At every token, special ones included:",
+        "The language model with constants in its biases, by saehook; it needs no SAE. At every token, also special ones:",
         "",
         *(f"{i}. `{edit}`" for i, edit in enumerate(program.edits, 1)),
         "",

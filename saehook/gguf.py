@@ -27,7 +27,9 @@ def write_gguf(path: Path, facts: Mapping[str, str | int], vectors: Mapping[str,
     """
     head = [MAGIC, struct.pack("<IQQ", VERSION, len(vectors), len(facts))]
     for key, value in facts.items():
-        kind = struct.pack("<I", STRING) + _string(value) if isinstance(value, str) else struct.pack("<II", UINT32, value)
+        kind = (
+            struct.pack("<I", STRING) + _string(value) if isinstance(value, str) else struct.pack("<II", UINT32, value)
+        )
         head.append(_string(key) + kind)
     data = [_little_endian(vector) for vector in vectors.values()]
     place = 0

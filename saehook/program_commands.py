@@ -94,7 +94,9 @@ def hooked_for(file: ProgramFile, lm: str | None, saes: list[str] | None) -> Hoo
     else:
         model = HookedModel.from_pretrained(file.model.id, revision=file.model.revision or "main")
     loaded = [load_sae(folder) for folder in folders]
-    sites = [file.saes[0].site if sae.site is None and len(loaded) == len(file.saes) == 1 else sae.site for sae in loaded]
+    sites = [
+        file.saes[0].site if sae.site is None and len(loaded) == len(file.saes) == 1 else sae.site for sae in loaded
+    ]
     by_site = dict(zip(sites, loaded, strict=True))
     if None in by_site or len(by_site) < len(loaded):
         raise ArgumentError(

@@ -168,7 +168,13 @@ class ProgramFile:
             f"- Language model `{self.model.id}`{revision}: {self.model.kind}, {self.model.layers} layers of width "
             f"{self.model.width}.",
             *(f"- SAE at `{sae.site}`: {_origin(sae)}." for sae in self.saes),
-            *("", "## How to use it", "", "```sh", "saehook replay hf:OWNER/NAME  # same, or drifted, and what differs"),
+            *(
+                "",
+                "## How to use it",
+                "",
+                "```sh",
+                "saehook replay hf:OWNER/NAME  # same, or drifted, and what differs",
+            ),
             'saehook generate "your prompt" --edits hf:OWNER/NAME',
             *("```", "", "## What it gives", ""),
             f"After the prompt `{json.dumps(self.replay.prompt)}`, in {self.replay.dtype}, the five likeliest tokens with their "
@@ -295,9 +301,7 @@ def _record(kind: type, data: Any, path: str) -> Any:
     """An instance of the dataclass; its annotations say which check each field gets."""
     fields = dataclasses.fields(kind)
     optional = frozenset(
-        f.name
-        for f in fields
-        if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        f.name for f in fields if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
     )
     data = _object(data, path, {f.name for f in fields}, optional)
     checks = {f.name: _CHECKS[str(f.type)] for f in fields}

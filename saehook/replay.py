@@ -147,7 +147,9 @@ def replay(hooked: HookedSAEs, file: ProgramFile) -> ReplayResult:
         differences.append(f"the model runs in {dtype}, the file was made in {vector.dtype}.")
     ids = hooked.tokenizer(vector.prompt)["input_ids"]
     if list(ids) != list(vector.ids):
-        differences.append(f"the tokenizer makes {_shortened(ids)} of the prompt, in the file {_shortened(vector.ids)}.")
+        differences.append(
+            f"the tokenizer makes {_shortened(ids)} of the prompt, in the file {_shortened(vector.ids)}."
+        )
     deltas = [
         (abs(float(now[token]) - value), i, token)
         for i, (now, top) in enumerate(zip(recorder.log_probs, vector.top5, strict=False))
@@ -163,9 +165,13 @@ def replay(hooked: HookedSAEs, file: ProgramFile) -> ReplayResult:
             f"log-probabilities differ by up to {largest:.3g}, at token {token} after {step} new tokens; at most "
             f"{vector.tolerance:g} is the same."
         )
-    first = next((i for i, pair in enumerate(zip(recorder.best, vector.new_ids, strict=False)) if pair[0] != pair[1]), None)
+    first = next(
+        (i for i, pair in enumerate(zip(recorder.best, vector.new_ids, strict=False)) if pair[0] != pair[1]), None
+    )
     if first is not None and largest > vector.tolerance:
-        differences.append(f"the likeliest new token {first} is {recorder.best[first]}, in the file {vector.new_ids[first]}.")
+        differences.append(
+            f"the likeliest new token {first} is {recorder.best[first]}, in the file {vector.new_ids[first]}."
+        )
     return ReplayResult(file.id, tuple(differences), tuple(unchecked), largest, vector.tolerance)
 
 
@@ -299,9 +305,7 @@ class _Recorder:
         return only
 
 
-def _run(
-    hooked: HookedSAEs, program: Program, prompt: Any, forced: list[int] | None
-) -> tuple[_Recorder, Any]:
+def _run(hooked: HookedSAEs, program: Program, prompt: Any, forced: list[int] | None) -> tuple[_Recorder, Any]:
     from transformers import LogitsProcessorList
 
     recorder = _Recorder(forced)

@@ -69,7 +69,10 @@ def fake_hub() -> Iterator[FakeHub]:
             if found is None or found[1] not in hub.repos:
                 return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             if found[2] == "preupload":
-                files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+                files = [
+                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for f in json.loads(body)["files"]
+                ]
                 return self.json({"files": files})
             commits = hub.repos[found[1]]
             files = dict(commits[-1]) if commits else {}
