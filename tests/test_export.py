@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import build_lm, byte_tokenizer, random_ids, tiny_sae
+from gguf_reader import read_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saehook.checkpoint import save_sae
@@ -265,39 +264,6 @@ def test_other_mistakes(gpt2, tmp_path):
 
 
 # --- control vectors --------------------------------------------------------------------------------------------------
-
-
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Facts and tensors of a GGUF file of version 3, read by the words of its specification."""
-    data, place = path.read_bytes(), 0
-
-    def take(form: str) -> tuple[Any, ...]:
-        nonlocal place
-        values = struct.unpack_from("<" + form, data, place)
-        place += struct.calcsize("<" + form)
-        return values
-
-    def text() -> str:
-        nonlocal place
-        (length,) = take("Q")
-        place += length
-        return data[place - length : place].decode()
-
-    assert take("4sI") == (b"GGUF", 3)
-    n_tensors, n_facts = take("QQ")
-    facts: dict[str, Any] = {}
-    for _ in range(n_facts):
-        key, (kind,) = text(), take("I")
-        facts[key] = {8: text, 4: lambda: take("I")[0]}[kind]()
-    infos = [(text(), take("I"), take("QIQ")) for _ in range(n_tensors)]
-    start = place + -place % facts.get("general.alignment", 32)
-    tensors = {}
-    for name, n_dimensions, (size, kind, offset) in infos:
-        assert (n_dimensions, kind, offset % 32) == ((1,), 0, 0)
-        tensors[name] = torch.tensor(struct.unpack_from(f"<{size}f", data, start + offset))
-        assert start + offset + 4 * size <= len(data)
-    assert len(data) % 32 == 0
-    return facts, tensors
 
 
 def test_a_control_vector_added_behind_its_layers_is_the_program(tmp_path):
