@@ -289,27 +289,44 @@ def _with_biases(lm: Any, paths: Sequence[str]) -> Any:
     """
     config = copy.deepcopy(lm.config)
     text = config.get_text_config()
+    new = _empty(type(lm), config)
     for path in paths:
-        if lm.get_submodule(path).bias is not None:
+        if new.get_submodule(path).bias is not None:
             continue
         for flag in BIAS_FLAGS:
             if getattr(text, flag, None) is False:
                 setattr(text, flag, True)
-                if _empty(lm, config).get_submodule(path).bias is not None:
+                new = _empty(type(lm), config)
+                if new.get_submodule(path).bias is not None:
                     break
                 setattr(text, flag, False)
         else:
-            if _empty(lm, config).get_submodule(path).bias is None:
-                raise ExportError(
-                    f"{path} of {text.model_type} has no bias, and no setting of its config gives it one, so a plain "
-                    f"checkpoint cannot hold the program. {_SUGGESTION}"
-                )
-    return _empty(lm, config)
+            if (twin := _as_llama(lm)) is not None:
+                return twin
+            raise ExportError(
+                f"{path} of {text.model_type} has no bias, and no setting of its config gives it one, so a plain "
+                f"checkpoint cannot hold the program. {_SUGGESTION}"
+            )
+    return new
 
 
-def _empty(lm: Any, config: Any) -> Any:
+def _as_llama(lm: Any) -> Any:
+    """The Llama with all biases, on the meta device, that computes what a Mistral or Qwen 2 without sliding windows does; its
+    parameters have the same names. None for other models."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    given = lm.config.to_dict()
+    windows = {"mistral": given.get("sliding_window"), "qwen2": "sliding_attention" in (given.get("layer_types") or ())}
+    if type(lm).__name__ not in {"MistralForCausalLM", "Qwen2ForCausalLM"} or windows[lm.config.model_type]:
+        return None
+    known = set(LlamaConfig().to_dict()) - {"model_type", "architectures", "attention_bias", "mlp_bias"}
+    shared = {name: value for name, value in given.items() if name in known}
+    return _empty(LlamaForCausalLM, LlamaConfig(**shared, attention_bias=True, mlp_bias=True))
+
+
+def _empty(kind: Any, config: Any) -> Any:
     with torch.device("meta"):
-        return type(lm)(config)
+        return kind(config)
 
 
 def _layer_before(lm: Any, site: Site) -> int:

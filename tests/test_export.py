@@ -40,7 +40,9 @@ ATTENTION = {"attn_in", "attn_z", "attn_out", "resid_mid"}
 FOLDED = {
     "llama": set(KINDS),
     "mistral": set(),
-    "qwen2": {"attn_in"},
+    "mistral_unwindowed": set(KINDS),
+    "qwen2": set(KINDS),
+    "qwen2_windowed": {"attn_in"},
     "qwen3": ATTENTION,
     "gemma": ATTENTION,
     "phi3": set(),
@@ -52,6 +54,25 @@ FOLDED = {
     "gpt_neox_sequential": set(KINDS),
 }
 """Which kinds of sites of a layer can be folded; `resid_pre` is that of a layer behind another."""
+AS_LLAMA = {"mistral_unwindowed", "qwen2"}
+
+
+def build(name: str) -> Any:
+    """The tiny model of that name, with other attention where the name says so."""
+    kind, _, window = name.partition("_")
+    if kind not in {"mistral", "qwen2"} or not window:
+        return build_lm(name)
+    base = build_lm(kind)
+    config = base.config
+    if window == "unwindowed":
+        config.sliding_window = None
+        config.layer_types = None
+    else:
+        config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+        config.use_sliding_window, config.sliding_window = True, 4
+    lm = type(base)(config)
+    lm.load_state_dict(base.state_dict())
+    return lm.eval()
 
 
 def everything(sites: list[str]) -> Program:
@@ -86,7 +107,7 @@ QUICK = ("llama", "qwen2", "gemma2", "gpt2", "gpt_neox")
     [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name, kinds in FOLDED.items() if kinds],
 )
 def test_a_checkpoint_loaded_plainly_is_the_edited_model(name, tmp_path):
-    lm = build_lm(name)
+    lm = build(name)
     sites = {
         s.name: s.width
         for s in named_sites(lm)
@@ -100,9 +121,9 @@ def test_a_checkpoint_loaded_plainly_is_the_edited_model(name, tmp_path):
     before = {key: value.clone() for key, value in lm.state_dict().items()}
     export_checkpoint(hooked, program, tmp_path / "out")
     assert all(torch.equal(value, before[key]) for key, value in lm.state_dict().items())
-    assert lm.config.to_dict() == build_lm(name).config.to_dict()
+    assert lm.config.to_dict() == build(name).config.to_dict()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(plain) is type(lm)
+    assert type(plain).__name__ == ("LlamaForCausalLM" if name in AS_LLAMA else type(lm).__name__)
     expected = logits(hooked, ids(), edits=program)
     torch.testing.assert_close(logits(plain, ids()), expected, atol=1e-5, rtol=1e-5)
     assert (expected - logits(lm, ids())).abs().max() > 0.3
@@ -114,7 +135,7 @@ def test_a_checkpoint_loaded_plainly_is_the_edited_model(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in FOLDED if FOLDED[name] != set(KINDS)])
 def test_where_no_bias_can_stand_the_site_is_refused(name, tmp_path):
-    lm = build_lm(name)
+    lm = build(name)
     model = HookedModel(lm, byte_tokenizer())
     for site in named_sites(lm):
         if not site.name.startswith("layers.1.") or site.name.split(".")[2] in FOLDED[name]:
