@@ -89,10 +89,10 @@ def hooked_for(file: ProgramFile, lm: str | None, saes: list[str] | None) -> Hoo
         raise ArgumentError("the bundled SAEs belong to the bundled model. Name the SAEs of this one with --sae DIR.")
     else:
         folders = [bundled("sae"), bundled("sae-mlp")]
-    if lm or not hub.is_repo(file.model.id):
-        model = HookedModel.from_pretrained(str(lm or bundled("lm")))
-    else:
+    if lm is None and (file.model.revision is not None or hub.is_repo(file.model.id)):
         model = HookedModel.from_pretrained(file.model.id, revision=file.model.revision or "main")
+    else:
+        model = HookedModel.from_pretrained(str(lm or bundled("lm")))
     loaded = [load_sae(folder) for folder in folders]
     sites = [
         file.saes[0].site if sae.site is None and len(loaded) == len(file.saes) == 1 else sae.site for sae in loaded

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saehook import hub
 from saehook.checkpoint import CONFIG, STATS, WEIGHTS
-from saehook.errors import ArgumentError
+from saehook.errors import ArgumentError, FileError
 from saehook.files import sha256
 from saehook.interventions import Edit, Program
 from saehook.program_file import ModelRef, ProgramFile, ReplayVector, SAERef, write_program
@@ -79,7 +79,7 @@ def program_file(
 
     Raises:
         ArgumentError: no text as prompt, an SAE that comes from no file, a result that is not finite.
-        Those of `hooked.generate`.
+        FileError: an SAE whose file is gone. Those of `hooked.generate`.
     """
     if not isinstance(prompt, str) or not prompt:
         raise ArgumentError(f"prompt={prompt!r}; a text is expected, from which the replay vector is made.")
@@ -247,10 +247,15 @@ def _sae_ref(hooked: HookedSAEs, site: str) -> SAERef:
             f"the SAE at {site} was made in Python, so no file says which it is. Write it with save_sae, and attach what "
             "load_sae reads."
         )
+    hashes = _hashes(sae)
+    if WEIGHTS not in hashes:
+        raise FileError(
+            f"{sae.source}, from which the SAE at {site} was read, holds no {WEIGHTS} any more. Load it again."
+        )
     place = hub.place_of(sae.source)
     return SAERef(
         site=site,
-        sha256=_hashes(sae),
+        sha256=hashes,
         site_out=hooked.outs[site] if hooked.outs[site] != site else None,
         repo=place and place.repo,
         path=place.path if place else sae.source.name,

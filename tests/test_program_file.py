@@ -286,6 +286,8 @@ for name in ("hf:me/edits,revision=none", "hf:me/others", "hf:you/large"):
     except SaehookError as error:
         print(type(error).__name__, error)
 print("torch" in sys.modules)
+folder = hub.download(hub.HubPlace("you/saes", path="layer_1"), "cfg.json").parent
+print(*hub.place_of(folder))
 """
 
 
@@ -294,6 +296,7 @@ def test_a_program_goes_to_the_hub_and_comes_back(tmp_path):
     path = write_program(example(), tmp_path / "program.json")
     with fake_hub() as served:
         served.repos["you/large"] = [{"program.json": b" " * (MAX_BYTES + 1)}]
+        served.repos["you/saes"] = [{"layer_1/cfg.json": b"{}"}]
         done = subprocess.run(
             [sys.executable, "-c", IN_A_NEW_PROCESS, path],
             capture_output=True,
@@ -312,6 +315,7 @@ def test_a_program_goes_to_the_hub_and_comes_back(tmp_path):
     assert said[1].startswith("FileError cannot read program.json of hf:me/others: RepositoryNotFoundError")
     assert said[2].startswith("FormatError program.json of hf:you/large has 16,777,217 bytes")
     assert said[3] == "False"
+    assert said[4] == f"you/saes {served.commit_id('you/saes', 0)} layer_1"
     assert not [request for request in served.requests if request.startswith('"GET /you/large')]
     commits = served.repos["me/edits"]
     assert len(commits) == 2

@@ -14,7 +14,7 @@ from builders import build_lm, byte_tokenizer, random_ids, tiny_sae
 from saehook.checkpoint import load_sae, save_sae
 from saehook.cli import main
 from saehook.config import SAEConfig, TopK
-from saehook.errors import ArgumentError, NoEffectWarning, SiteError
+from saehook.errors import ArgumentError, FileError, NoEffectWarning, SiteError
 from saehook.hooked_model import HookedModel
 from saehook.interventions import (
     EVERYWHERE,
@@ -225,6 +225,10 @@ def test_an_sae_of_no_file_cannot_be_checked(parts, made):
     assert result.unchecked == (f"the SAE at {SITES[0]}, which was loaded from no file.",)
     with pytest.raises(ArgumentError, match="Write it with save_sae"):
         program_file(hooked, steer(3, 2.0), prompt=TEXT)
+    hooked = attached(parts)
+    (parts["sae0"] / "sae_weights.safetensors").unlink()
+    with pytest.raises(FileError, match="holds no sae_weights.safetensors any more"):
+        program_file(hooked, steer(3, 2.0, site=SITES[0]), prompt=TEXT)
 
 
 # --- what cannot be meant -----------------------------------------------------------------------------------------------
