@@ -1,7 +1,8 @@
 """Programs that need no SAE any more: unconditional adds, folded into the biases of a plain Hugging Face checkpoint, or written
 as a control vector for llama.cpp.
 
-An `add` of c to latent i writes c · W_dec[i] at its site. Where it does so at every token, that is a constant, and:
+An `add` of c to latent i writes c · W_dec[i] at its site, an `add` along a vector c · v. Where it does so at every token, that
+is a constant, and:
 
 - added behind a linear map, it belongs into the map's bias b: (W x + b) + v = W x + (b + v);
 - added before one, its image does: W (x + v) + b = W x + (b + W v);
@@ -22,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from saehook.config import MaskRule
-from saehook.errors import ExportError
+from saehook.errors import ExportError, ShapeError
 from saehook.files import atomic_write, new_folder
 from saehook.gguf import write_gguf
-from saehook.interventions import EVERYWHERE, Edit, Program, Where
+from saehook.interventions import AnyEdit, Edit, Program, VectorEdit
 from saehook.program_file import program_id
 from saehook.sites import Site, architecture, named_sites, resolve
+from saehook.where import EVERYWHERE, Where
 
 if TYPE_CHECKING:
     from saehook.hooked_saes import HookedSAEs
@@ -90,7 +92,7 @@ FOLDS: dict[str, dict[str, str]] = {
 
 
 def export_checkpoint(
-    hooked: HookedSAEs, program: Program | Edit | Sequence[Edit], folder: str | Path, *, every_token: bool = False
+    hooked: HookedSAEs, program: Program | AnyEdit | Sequence[AnyEdit], folder: str | Path, *, every_token: bool = False
 ) -> Path:
     """Write the edited model as a checkpoint that `AutoModelForCausalLM.from_pretrained` reads: its logits are those of
     `hooked(..., edits=program)`, in float32 to 1e-5.
@@ -134,7 +136,7 @@ def export_checkpoint(
 
 
 def export_control_vector(
-    hooked: HookedSAEs, program: Program | Edit | Sequence[Edit], path: str | Path, *, every_token: bool = False
+    hooked: HookedSAEs, program: Program | AnyEdit | Sequence[AnyEdit], path: str | Path, *, every_token: bool = False
 ) -> Path:
     """Write the program as a control vector (GGUF) for llama.cpp, which adds it to the residual stream:
     `llama-cli -m MODEL --control-vector FILE`.
@@ -167,12 +169,12 @@ def constants(hooked: HookedSAEs, program: Program, *, every_token: bool = False
 
     Raises:
         ExportError: what it adds depends on the token; the message says by which edit.
-        LatentError, MissingStatError: as when the program runs.
+        LatentError, MissingStatError, ShapeError: as when the program runs.
     """
     plain = Program(edits=program.edits)
     for field in dataclasses.fields(program):
         value = getattr(program, field.name)
-        if value != getattr(plain, field.name) and (field.name, value) != ("error", "keep"):
+        if value != getattr(plain, field.name) and (field.name, value) not in {("error", "keep"), ("parallel", True)}:
             raise ExportError(
                 f"the program has {field.name}={value!r}, which depends on what each token is, and weights cannot. Leave it out."
             )
@@ -181,24 +183,39 @@ def constants(hooked: HookedSAEs, program: Program, *, every_token: bool = False
     found: dict[str, Tensor] = {}
     for number, edit in enumerate(program.edits, 1):
         reason = _obstacle(edit, every_token)
-        if reason is None:
-            site = hooked.resolve_site(edit.site)
-            reason = _sae_obstacle(hooked.saes[site], every_token)
+        if reason is None and isinstance(edit, Edit):
+            reason = _sae_obstacle(hooked.saes[hooked.resolve_site(edit.site)], every_token)
         if reason is not None:
             raise ExportError(f"edit {number} ({edit}) cannot become part of the weights: {reason}")
-        written = hooked.outs[site]
-        found[written] = found.get(written, torch.zeros(())) + _constant(hooked.saes[site], edit)
+        site = edit.site
+        if isinstance(edit, Edit) or site is None or site in hooked.attached:
+            name = hooked.resolve_site(site)
+            site = hooked.attached[name].writes
+        if isinstance(edit, Edit):
+            vector = _constant(hooked.saes[name], edit)
+        else:
+            vector = edit.value * torch.tensor(edit.vector, dtype=torch.float64)
+            if len(vector) != (width := hooked.model.place(site).width):
+                raise ShapeError(f"edit {number} has a vector of {len(vector)} numbers; {site} has width {width}.")
+        found[site] = found.get(site, torch.zeros(())) + vector
     return found
 
 
-def _obstacle(edit: Any, every_token: bool) -> str | None:
+def _obstacle(edit: AnyEdit, every_token: bool) -> str | None:
     """Why the edit is no constant at every token; None if it is one."""
-    if type(edit) is not Edit or edit.op != "add":
+    if edit.op != "add":
         return "only 'add' writes the same at every token; all other operations look at the token."
     if edit.unit == "norm":
         return "its unit 'norm' is relative to each token's norm. Use 'raw' or 'max'."
+    if edit.unit == "kl":
+        return "a KL is no amount yet. Turn it into one with hooked.calibrate(edits, text)."
     # Whatever an edit can say besides these, it is not unconditional.
-    plain = Edit(op="add", latents=edit.latents, value=edit.value, unit=edit.unit, site=edit.site, where=ALL_TOKENS)
+    if isinstance(edit, VectorEdit):
+        plain: AnyEdit = VectorEdit(
+            op="add", vector=edit.vector, value=edit.value, unit=edit.unit, site=edit.site, where=ALL_TOKENS
+        )
+    else:
+        plain = Edit(op="add", latents=edit.latents, value=edit.value, unit=edit.unit, site=edit.site, where=ALL_TOKENS)
     if edit == plain or (every_token and edit == dataclasses.replace(plain, where=EVERYWHERE)):
         return None
     if edit == dataclasses.replace(plain, where=EVERYWHERE):
@@ -206,7 +223,9 @@ def _obstacle(edit: Any, every_token: bool) -> str | None:
             "it leaves special tokens such as BOS out, and a bias cannot. Say where=Where(special=True), or export with "
             "every_token=True (--every-token), which edits them, too."
         )
-    return "it has a condition, so it does not act on every token alike."
+    return (
+        "it has a condition (where, when, schedule, active_only or mode), so it does not add the same at every token."
+    )
 
 
 def _sae_obstacle(sae: SAE, every_token: bool) -> str | None:
@@ -225,9 +244,12 @@ def _constant(sae: SAE, edit: Edit) -> Tensor:
     """Σ value · W_dec[i], [d_out] float64."""
     sae.check_latents(edit.latents)
     assert edit.value is not None
-    values = torch.full((len(edit.latents),), edit.value)
     if edit.unit == "max":
-        values = values * sae.max_act(edit.latents).cpu()
+        values = edit.value * sae.max_act(edit.latents).cpu()
+    elif edit.unit == "quantile":
+        values = sae.quantile_act(edit.latents, edit.value).cpu()
+    else:
+        values = torch.full((len(edit.latents),), edit.value)
     return values.double() @ sae.W_dec[list(edit.latents)].detach().cpu().double()
 
 

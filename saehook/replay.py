@@ -21,7 +21,7 @@ from saehook import hub
 from saehook.checkpoint import CONFIG, STATS, WEIGHTS
 from saehook.errors import ArgumentError, FileError
 from saehook.files import sha256
-from saehook.interventions import Edit, Program
+from saehook.interventions import AnyEdit, Program
 from saehook.program_file import ModelRef, ProgramFile, ReplayVector, SAERef, write_program
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class ReplayResult:
 
 
 def program_file(
-    hooked: HookedSAEs, program: Program | Edit | Sequence[Edit], *, prompt: str, tolerance: float | None = None
+    hooked: HookedSAEs, program: Program | AnyEdit | Sequence[AnyEdit], *, prompt: str, tolerance: float | None = None
 ) -> ProgramFile:
     """A program with what it needs to be run again elsewhere; a site that edits leave out is written down.
 
@@ -112,7 +112,7 @@ def program_file(
 
 def save_program(
     hooked: HookedSAEs,
-    program: Program | Edit | Sequence[Edit],
+    program: Program | AnyEdit | Sequence[AnyEdit],
     path: str | Path,
     *,
     prompt: str,
@@ -213,31 +213,31 @@ def _hash_differences(here: Mapping[str, str], there: Mapping[str, str], what: s
 
 
 def _with_sites(hooked: HookedSAEs, program: Program) -> Program:
-    """The program with the site of each edit written down: where it is sent to, more SAEs may be attached."""
-    edits = [
-        dataclasses.replace(edit, site=hooked.resolve_site(None)) if edit.site is None else edit
-        for edit in program.edits
-    ]
-    return dataclasses.replace(program, edits=tuple(edits))
+    """The program with each site written down: where it is sent to, more SAEs may be attached."""
+    data = json.loads(program.to_json())
+    for part in _parts(data):
+        if part.get("site") is None:
+            part["site"] = hooked.resolve_site(None)
+    return Program.from_json(json.dumps(data))
+
+
+def _parts(data: Any) -> Iterator[dict[str, Any]]:
+    """The parts of a program's JSON that have a site: edits, and latents in conditions."""
+    if isinstance(data, dict):
+        if "op" in data or "latent" in data:
+            yield data
+        data = list(data.values())
+    if isinstance(data, list):
+        for item in data:
+            yield from _parts(item)
 
 
 def _sites(hooked: HookedSAEs, program: Program) -> list[str]:
-    """Attached sites that the program names anywhere, in the order in which they are attached."""
+    """Names of the attached SAEs that the program uses, in the order in which they are attached."""
     if program.splice:
         return hooked.sites
-    named: set[str] = set()
-
-    def walk(data: Any) -> None:
-        if isinstance(data, dict):
-            if isinstance(data.get("site"), str):
-                named.add(hooked.resolve_site(data["site"]))
-            data = list(data.values())
-        if isinstance(data, list):
-            for item in data:
-                walk(item)
-
-    walk(json.loads(program.to_json()))
-    return [site for site in hooked.sites if site in named]
+    used = {hooked.resolve_site(part["site"]) for part in _parts(json.loads(program.to_json())) if "vector" not in part}
+    return [name for name in hooked.sites if name in used]
 
 
 def _sae_ref(hooked: HookedSAEs, site: str) -> SAERef:
@@ -247,6 +247,7 @@ def _sae_ref(hooked: HookedSAEs, site: str) -> SAERef:
             f"the SAE at {site} was made in Python, so no file says which it is. Write it with save_sae, and attach what "
             "load_sae reads."
         )
+    _, reads, writes = hooked.attached[site]
     hashes = _hashes(sae)
     if WEIGHTS not in hashes:
         raise FileError(
@@ -256,7 +257,7 @@ def _sae_ref(hooked: HookedSAEs, site: str) -> SAERef:
     return SAERef(
         site=site,
         sha256=hashes,
-        site_out=hooked.outs[site] if hooked.outs[site] != site else None,
+        site_out=writes if writes != reads else None,
         repo=place and place.repo,
         path=place.path if place else sae.source.name,
         revision=place and place.revision,

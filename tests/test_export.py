@@ -12,28 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saehook.checkpoint import save_sae
 from saehook.cli import main
+from saehook.conditions import latent
 from saehook.config import MaskRule, SAEConfig, TopK
-from saehook.errors import ExportError, FileError, LatentError, MissingStatError
+from saehook.errors import ExportError, FileError, LatentError, MissingStatError, ShapeError
 from saehook.export import export_checkpoint, export_control_vector
 from saehook.hooked_model import HookedModel
-from saehook.interventions import (
-    Edit,
-    Program,
-    Where,
-    ablate,
-    clamp,
-    generation,
-    keep_only,
-    positions,
-    prompt,
-    scale,
-    steer,
-    token_ids,
-    tokens,
-)
+from saehook.interventions import Edit, Program, VectorEdit, ablate, clamp, keep_only, scale, steer
 from saehook.program_file import program_id
 from saehook.sae import SAE
+from saehook.schedules import Schedule
 from saehook.sites import KINDS, named_sites
+from saehook.where import Where, generation, prompt, span, token_ids, tokens
 
 ALL = Where(special=True)
 ATTENTION = {"attn_in", "attn_z", "attn_out", "resid_mid"}
@@ -88,6 +77,11 @@ def everything(sites: list[str]) -> Program:
             )
         ]
     )
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Any:
+    return HookedModel(build_lm("gpt2"), byte_tokenizer()).attach(tiny_sae(site="layers.1.resid_post"))
 
 
 def ids() -> torch.Tensor:
@@ -205,12 +199,20 @@ def test_a_transcoder_is_folded_where_it_writes(tmp_path):
     torch.testing.assert_close(logits(plain, ids()), logits(hooked, ids(), edits=edit), atol=1e-5, rtol=1e-5)
 
 
+def test_a_vector_needs_no_sae_where_it_is_added(gpt2, tmp_path):
+    draw = torch.randn(32, generator=torch.Generator().manual_seed(1)).tolist()
+    vector = VectorEdit(op="add", vector=tuple(draw), value=0.7, site="layers.2.attn_out", where=ALL)
+    program = Program(edits=[vector, steer(3, 2.0, where=ALL)], parallel=True)
+    export_checkpoint(gpt2, program, tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(plain, ids()), logits(gpt2, ids(), edits=program), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ShapeError, match="a vector of 3 numbers; layers.2.attn_out has width 32"):
+        export_checkpoint(
+            gpt2, VectorEdit(op="add", vector=(1, 2, 3), value=1.0, site="layers.2.attn_out", where=ALL), "x"
+        )
+
+
 # --- what depends on the token ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def gpt2() -> Any:
-    return HookedModel(build_lm("gpt2"), byte_tokenizer()).attach(tiny_sae(site="layers.1.resid_post"))
 
 
 REFUSED: list[tuple[Any, str]] = [
@@ -225,10 +227,16 @@ REFUSED: list[tuple[Any, str]] = [
     (steer(3, 1.0, where=prompt()), "has a condition"),
     (steer(3, 1.0, where=generation()), "has a condition"),
     (steer(3, 1.0, where=tokens(0)), "has a condition"),
-    (steer(3, 1.0, where=positions(1)), "has a condition"),
+    (steer(3, 1.0, where=span(1)), "has a condition"),
     (steer(3, 1.0, where=token_ids(7)), "has a condition"),
     (steer(3, 1.0, where=Where(rows=(0,), special=True)), "has a condition"),
     (steer(3, 1.0, where=ALL, active_only=True), "has a condition"),
+    (steer(3, 1.0, where=ALL, when=latent(4) > 0.5), "has a condition"),
+    (steer(3, 1.0, where=ALL, schedule=Schedule.linear(1, 0, 20)), "has a condition"),
+    (steer(3, 1.0, where=ALL, mode="readback"), "has a condition"),
+    (steer(3, 1.0, where=ALL, unit="kl"), "a KL is no amount yet"),
+    (VectorEdit(op="cap", vector=(1.0,) * 32, value=1.0, where=ALL), "only 'add'"),
+    (VectorEdit(op="add", vector=(1.0,) * 32, value=1.0, unit="norm", where=ALL), "its unit 'norm'"),
     (Program(edits=[steer(3, 1.0, where=ALL), ablate(4, where=ALL)]), r"edit 2 \(ablate 4"),
     (Program(edits=[steer(3, 1.0, where=ALL)], error="drop"), "the program has error='drop'"),
     (Program(edits=[steer(3, 1.0, where=ALL)], norm="preserve"), "the program has norm='preserve'"),

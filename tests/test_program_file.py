@@ -18,7 +18,7 @@ from fake_hub import fake_hub
 
 from saehook import hub
 from saehook.errors import ArgumentError, FileError, FormatError
-from saehook.interventions import Program, ablate, prompt, steer
+from saehook.interventions import Program, ablate, steer
 from saehook.program_file import (
     MAX_BYTES,
     ModelRef,
@@ -30,6 +30,7 @@ from saehook.program_file import (
     program_id,
     write_program,
 )
+from saehook.where import prompt
 
 SITE = "layers.1.resid_post"
 SHA = "0123456789abcdef" * 4

@@ -13,24 +13,15 @@ from builders import build_lm, byte_tokenizer, random_ids, tiny_sae
 
 from saehook.checkpoint import load_sae, save_sae
 from saehook.cli import main
+from saehook.conditions import latent
 from saehook.config import SAEConfig, TopK
 from saehook.errors import ArgumentError, FileError, NoEffectWarning, SiteError
 from saehook.hooked_model import HookedModel
-from saehook.interventions import (
-    EVERYWHERE,
-    Program,
-    ablate,
-    clamp,
-    generation,
-    keep_only,
-    positions,
-    prompt,
-    scale,
-    steer,
-)
+from saehook.interventions import Program, VectorEdit, ablate, clamp, keep_only, scale, steer
 from saehook.program_file import load_program
 from saehook.replay import NEW_TOKENS, compare_files, program_file, replay, save_program
 from saehook.sae import SAE
+from saehook.where import EVERYWHERE, generation, prompt, span
 
 SITES = ("layers.1.resid_post", "layers.2.mlp_out")
 TEXT = "the cat sees a red house"
@@ -101,6 +92,10 @@ def test_only_the_saes_in_use_are_named_and_every_edit_gets_its_site(parts):
     assert file.program.edits[0].site == SITES[1]
     assert [sae.site for sae in file.saes] == [SITES[1]]
     assert replay(attached(parts), file).same, "where two are attached, the site says which is meant"
+    vector = VectorEdit(op="add", vector=(1.0,) * 32, value=0.1, when=latent(3) > -1.0)
+    file = program_file(alone, vector, prompt=TEXT)
+    assert file.program.edits[0] == dataclasses.replace(vector, site=SITES[1], when=latent(3, site=SITES[1]) > -1.0)
+    assert [sae.site for sae in file.saes] == [SITES[1]], "the condition reads it"
     both = program_file(attached(parts), Program(splice=True), prompt=TEXT)
     assert [sae.site for sae in both.saes] == list(SITES)
     with pytest.raises(SiteError, match="no SAE is attached"):
@@ -246,7 +241,7 @@ def test_mistakes(parts, made, tmp_path):
         save_program(hooked, steer(3, 3e38, site=SITES[0]), tmp_path / "p.json", prompt=TEXT)
     assert not (tmp_path / "p.json").exists()
     with pytest.warns(NoEffectWarning, match="selected no token"):
-        program_file(hooked, steer(3, 1.0, site=SITES[0], where=positions(60)), prompt=TEXT)
+        program_file(hooked, steer(3, 1.0, site=SITES[0], where=span(60)), prompt=TEXT)
     unknown = dataclasses.replace(made, replay=dataclasses.replace(made.replay, new_ids=(7, 7, 7, 300)))
     with pytest.raises(
         ArgumentError, match="holds token 300, and the model has 300: it was made for another model, lm"

@@ -7,7 +7,8 @@ from typing import Any
 from builders import build_lm, byte_tokenizer, random_ids, tiny_sae
 
 from saehook.hooked_model import HookedModel
-from saehook.interventions import Program, Where, steer
+from saehook.interventions import Program, steer
+from saehook.where import Where
 
 SITES = ("layers.1.resid_post", "layers.2.mlp_out")
 IDS = random_ids(20, bos=True)
