@@ -187,11 +187,14 @@ def constants(hooked: HookedSAEs, program: Program, *, every_token: bool = False
             reason = _sae_obstacle(hooked.saes[hooked.resolve_site(edit.site)], every_token)
         if reason is not None:
             raise ExportError(f"edit {number} ({edit}) cannot become part of the weights: {reason}")
+        assert edit.value is not None
         site = edit.site
-        if isinstance(edit, Edit) or site is None or site in hooked.attached:
-            name = hooked.resolve_site(site)
+        name = hooked.resolve_site(site) if isinstance(edit, Edit) or site is None or site in hooked.attached else None
+        if name is not None:
             site = hooked.attached[name].writes
+        assert site is not None
         if isinstance(edit, Edit):
+            assert name is not None
             vector = _constant(hooked.saes[name], edit)
         else:
             vector = edit.value * torch.tensor(edit.vector, dtype=torch.float64)
