@@ -191,6 +191,7 @@ def load_sae(path: str | Path, *, device: str | torch.device | None = None, dtyp
         shapes["W_skip"] = (d_out, d_in)
     tensors = _read_tensors(path / WEIGHTS, shapes)
     sae = SAE(config, site=site, site_out=site_out, device="meta", dtype=dtype)
+    sae.source = path.resolve()
     for name, tensor in tensors.items():
         tensor = tensor.to(device or "cpu", torch.float32 if name == "threshold" else dtype)
         setattr(sae, name, nn.Parameter(tensor))

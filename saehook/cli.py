@@ -1,6 +1,7 @@
-"""`saehook demo | eval | train | generate | stats | sites`. Every command works on the bundled files without arguments.
+"""`saehook demo | eval | train | generate | replay | export | stats | sites`.
 
-Heavy packages are imported by the command that needs them, so `saehook --help` is instant.
+Every command works on the bundled files without further arguments. Heavy packages are imported by the command that needs
+them, so `saehook --help` is instant.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saehook import program_commands
 from saehook.bundle import bundled
 from saehook.config import MAX_NORM_RATIO, METHODS, TrainConfig, activation_to_dict, count
 from saehook.errors import ArgumentError, SaehookError, TrainingInterrupted
@@ -40,11 +42,11 @@ hf:NAME[,config=..][,split=train][,column=text][,skip=N][,take=N][,revision=..],
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all went well, 2 for a mistake in what was asked for (said on stderr)."""
+    """Run a command; 0 if all went well, 1 where a replay drifted, 2 for a mistake in what was asked for (said on stderr)."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except TrainingInterrupted as error:
         print(f"\nsaehook {arguments.command}: {error}", file=sys.stderr)
         return 130
@@ -54,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,6 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("prompt", nargs="?", default=DEFAULT_PROMPT, help="text to continue")
     _add_generation(sub)
     add_json(sub)
+
+    sub = command("replay", program_commands.replay, "say whether a program still does what it did where it was made")
+    program_commands.add_program(sub)
+    add_saes(sub)
+    add_json(sub)
+
+    sub = command("export", program_commands.export, "write a program into plain weights, or a vector for llama.cpp")
+    program_commands.add_program(sub)
+    add_saes(sub)
+    program_commands.add_export(sub)
 
     sub = command("stats", stats, "measure each latent's maximum and density, for strengths in units of the maximum")
     sub.add_argument("sae", nargs="*", metavar="SAE", help="SAE folders (default: the bundled ones)")
@@ -215,7 +226,12 @@ def _field_documentation(config: type) -> dict[str, str]:
 
 
 def _add_generation(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--edits", type=Path, metavar="FILE", help="a program of edits as JSON (Program.to_json)")
+    sub.add_argument(
+        "--edits", metavar="FILE", help="a program file, hf:owner/name[,revision=..], or bare edits (Program.to_json)"
+    )
+    sub.add_argument(
+        "--save-program", type=Path, metavar="FILE", help="also write the edits as a program file, to be replayed"
+    )
     for name, text in (
         ("steer", "add AMOUNT to a latent: --steer 123=0.5max, --steer 'layers.2.resid_post/123=4'"),
         ("clamp", "set a latent: --clamp 123=2"),
@@ -495,20 +511,26 @@ def generate(arguments: argparse.Namespace) -> None:
 
     saehook generate "def load(path):" --steer 123=0.5max --max-new-tokens 40
     saehook generate --edits program.json --temperature 0.7 --seed 1
+    saehook generate "def load(path):" --steer 123=0.5max --save-program program.json
     """
     import warnings
 
     from saehook.errors import NoEffectWarning
     from saehook.interventions import Program
+    from saehook.program_file import load_edits
+    from saehook.replay import compare_files, save_program
 
-    program = Program(splice=arguments.splice, error=arguments.error)
+    program, file = Program(splice=arguments.splice, error=arguments.error), None
     if arguments.edits is not None:
-        program = Program.from_json(arguments.edits.read_text(encoding="utf-8"))
+        program, file = load_edits(arguments.edits)
         program = dataclasses.replace(
             program, splice=program.splice or arguments.splice, error=arguments.error or program.error
         )
     hooked, _ = _attach(arguments)
-    edits = [*program.edits, *_edits(arguments)]
+    if file is not None:
+        for difference in compare_files(hooked, file)[0]:
+            print(f"note: {difference}", file=sys.stderr)
+    program = dataclasses.replace(program, edits=[*program.edits, *_edits(arguments)])
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
     )
@@ -516,11 +538,13 @@ def generate(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("ignore", NoEffectWarning)  # said below
         result = hooked.generate(
             arguments.prompt,
-            edits=dataclasses.replace(program, edits=edits),
+            edits=program,
             seed=arguments.seed,
             max_new_tokens=arguments.max_new_tokens,
             **sampling,
         )
+        if arguments.save_program is not None:
+            save_program(hooked, program, arguments.save_program, prompt=arguments.prompt)
     print(arguments.prompt + result.text)
     print(f"\n{result.report}", file=sys.stderr)
     for note in result.report.notes():

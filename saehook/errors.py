@@ -10,6 +10,7 @@ SaehookError
 ├── MissingStatError (LookupError)      a statistic (maximum, threshold) that the file does not hold
 ├── FileError (OSError)                 a file or folder that is missing, unreadable or cannot be written
 ├── FormatError (ValueError)            a file that is not what it should be: damaged, unsafe, of an unknown format
+├── ExportError (ValueError)            a program that no weights can hold: what it writes depends on the token
 ├── TrainingError (RuntimeError)        a run that cannot go on: non-finite loss, no tokens left
 └── TrainingInterrupted (RuntimeError)  a run that was asked to stop, and where it can be resumed from
 
@@ -59,6 +60,10 @@ class FileError(SaehookError, OSError):
 
 class FormatError(SaehookError, ValueError):
     """A file that is not what it should be."""
+
+
+class ExportError(SaehookError, ValueError):
+    """A program that no weights of that kind can hold."""
 
 
 class TrainingError(SaehookError, RuntimeError):

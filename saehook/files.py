@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,33 @@ def atomic_write(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a part."""
     with atomically(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; it takes the name `path` when the block ends well, else it goes away.
+
+    Raises:
+        FileError: `path` is there and not empty, or cannot be written.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileError(f"{path} is there already. Name a new folder.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield partial
+            for file in partial.iterdir():
+                flush(file)
+                file.chmod(0o644)
+            partial.chmod(0o755)
+            partial.replace(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, FileError) or (number := error_number(error)) is None:
+            raise
+        raise FileError(number, f"cannot write {path}: {os.strerror(number)}.") from error
 
 
 def flush(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,8 @@ class SAE(nn.Module):
         self.mask_rule = MaskRule()
         """Which tokens count for this SAE, in training and wherever it is used."""
         self.metadata: dict[str, Any] = {}
+        self.source: Path | None = None
+        """The folder that `load_sae` read it from."""
 
         def unit_rows(width: int) -> Tensor:
             if device is not None and torch.device(device).type == "meta":  # sizes only: whoever asks fills them in

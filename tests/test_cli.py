@@ -159,7 +159,7 @@ def test_counts_that_are_none(text):
     assert "is not a count" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "eval", "train", "generate", "stats", "sites"])
+@pytest.mark.parametrize("command", ["demo", "eval", "train", "generate", "replay", "export", "stats", "sites"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -15,18 +15,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "saehook"
 # line. `kernels/*` means every file of that folder; these may import each other.
 LAYERS = [
     "errors metrics kernels/*",
-    "config corpus dataset_text bundle files loggers fields",
+    "config corpus dataset_text bundle files gguf hub loggers fields",
     "losses activation_fns where conditions schedules interventions sites conversation tokenization sweep run_state",
-    "sae row_text positions optim batches tracks readback",
+    "sae row_text positions optim batches tracks readback program_file",
     "checkpoint edit_blocks editing results edit_plan calibration methods",
     "runs attribution dose_response kl_strength hooked_saes hooked_model streaming trainer",
-    "harvest activation_cache evaluation kl_tuning",
+    "harvest activation_cache evaluation kl_tuning replay export",
     "charts reports training_run",
     "app/*",
-    "cli __main__ __init__",
+    "program_commands cli __main__ __init__",
 ]
 NNSIGHT = {"hooked_model"}
-PRINT = {"cli"}
+PRINT = {"cli", "program_commands"}
 
 
 def name_of(path: Path) -> str:

@@ -18,7 +18,7 @@ COMMANDS = re.findall(r"^saehook (\w+)", "\n".join(re.findall(r"```sh\n(.*?)```"
 def test_python_block_runs(block, tmp_path):
     script = tmp_path / "block.py"  # nnsight reads a `with` block back from its file
     script.write_text(block)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -30,7 +30,7 @@ def test_the_two_commands_stand_there():
 def test_every_command_shown_exists():
     from saehook.cli import _parser
 
-    assert set(COMMANDS) >= {"train", "eval", "stats", "generate", "sites"}
+    assert set(COMMANDS) >= {"train", "eval", "stats", "generate", "replay", "export", "sites"}
     helps = _parser().format_help()
     assert all(command in helps for command in COMMANDS)
 
