@@ -97,11 +97,16 @@ class Runs:
             error: `keep` (default) or `drop` the reconstruction error on edited tokens.
             attention_mask: for a 2-D `x` that is padded already.
             forward: handed to the model's forward.
+
+        Raises:
+            ArgumentError: edits of rows into which several texts are packed.
         """
         program = Program.of(edits, splice, error)
         if doubled := {"input_ids", "inputs_embeds"} & forward.keys():
             raise ArgumentError(f"the input is given twice, as x and as {', '.join(doubled)}. Give it once, as x.")
         batch = self._batch(x, attention_mask)
+        if program.edits or program.splice:
+            _check_unpacked(batch, forward.get("position_ids"))
         arguments = self._arguments(batch, masked=attention_mask is not None) | forward
         output, report = self._call(lambda: self.lm(**arguments), program, self._positions(batch, program))
         _warn_of(report)
@@ -144,7 +149,7 @@ class Runs:
         `hf` goes to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature`, `num_beams`, `streamer`, ...).
 
         Raises:
-            ArgumentError: a seed or a number of new tokens that is no whole number.
+            ArgumentError: a seed or a number of new tokens that is no whole number; rows that are padded or packed already.
             ContextLengthError: prompt and new tokens together are more than the model takes.
         """
         result = self.generate_quietly(x, Program.of(edits, splice, error), seed, **hf)
@@ -173,6 +178,7 @@ class Runs:
     def generate_quietly(self, x: Any, program: Program, seed: int | None, **hf: Any) -> Any:
         """`generate` without warnings: what edits did not do stands in the report only."""
         batch = self._batch(x)
+        self._check_unpadded(x, hf)
         output, report = self._generate(batch, program, seed, hf)
         sequences = (output if isinstance(output, Tensor) else output.sequences).cpu()
         rows = self._generations(batch, sequences, hf, [report] * len(sequences))
@@ -228,6 +234,26 @@ class Runs:
             for i, (row, report) in enumerate(zip(sequences, reports, strict=True))
         ]
 
+    def _check_unpadded(self, x: Any, hf: dict[str, Any]) -> None:
+        """Raises ArgumentError where rows to be continued are padded or packed by the caller."""
+        if given := {"input_ids", "inputs_embeds", "attention_mask", "position_ids"} & hf.keys():
+            raise ArgumentError(
+                f"generate() got {', '.join(sorted(given))}, which say how rows are padded or packed; it pads rows itself. Give "
+                "a list of rows, each one text without padding."
+            )
+        pad = self.tokenizer.pad_token_id
+        if (
+            isinstance(x, Tensor)
+            and x.ndim == 2
+            and pad not in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        ):
+            for row, ids in enumerate(x):
+                if pad in (int(ids[0]), int(ids[-1])):
+                    raise ArgumentError(
+                        f"row {row} begins or ends with the padding token {pad}, which would be read as text. Give a list of "
+                        "rows without padding."
+                    )
+
     def _generation(self, row: Tensor, mask: Tensor, length: int, eos: Any, report: Report) -> Generation:
         """One row without the padding on its left and behind its EOS."""
         new = row[length:]
@@ -236,6 +262,18 @@ class Runs:
             new = new[: int(ends.nonzero()[0]) + 1]
         ids = torch.cat([row[:length][mask.bool()], new])
         return Generation(ids, new, self.tokenizer.decode(new.tolist(), skip_special_tokens=True), report)
+
+
+def _check_unpacked(batch: Batch, position_ids: Tensor | None) -> None:
+    """Raises ArgumentError where positions begin again within a row, as of several texts one behind the other."""
+    if position_ids is None:
+        return
+    both = (batch.attention_mask[:, 1:] * batch.attention_mask[:, :-1]).bool()
+    if (both & (position_ids.cpu().expand_as(batch.ids).diff() < 1)).any():
+        raise ArgumentError(
+            "position_ids begin again within a row: several texts packed into one. Edits count and remember tokens by row, so "
+            "give each text as a row of its own."
+        )
 
 
 def _warn_of(report: Report) -> None:
