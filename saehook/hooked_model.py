@@ -311,8 +311,9 @@ class _Taps:
 
         Raises:
             SiteNotExecutedError: a site with an action did not run.
+            SiteError: such a site ran twice in one forward pass.
         """
-        visited: set[str] = set()
+        visited: dict[str, TokenView] = {}
 
         def at(name: str) -> Callable[[Tensor], Tensor]:
             action = actions.get(name)
@@ -320,8 +321,13 @@ class _Taps:
                 return _unchanged
 
             def act(x: Tensor) -> Tensor:
-                visited.add(name)
                 assert self.view is not None
+                if visited.get(name) is self.view:
+                    raise SiteError(
+                        f"the model runs {name} twice in one forward pass (a layer that stands at two places?), so it is unclear "
+                        "which of them is meant. Choose a site that runs once."
+                    )
+                visited[name] = self.view
                 shape = self.view.ids.shape
                 if x.shape[:-1] == (shape.numel(),):  # a module that gets all rows as one list of tokens
                     return action(x.reshape(*shape, -1), self.view).reshape(x.shape)
