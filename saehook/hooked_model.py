@@ -14,7 +14,7 @@ import importlib.util
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from nnsight.intervention.batching import Batcher  # noqa: E402
 from nnsight.intervention.envoy import Envoy  # noqa: E402
 from nnsight.intervention.interleaver import OutOfOrderError  # noqa: E402
 from nnsight.intervention.tracer import InterleavingTracer  # noqa: E402
+from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 from transformers.utils.generic import ModelOutput  # noqa: E402
 
 from saehook.edit_plan import Attached, Place, plan_edits, run_plan  # noqa: E402
@@ -216,7 +217,7 @@ class _Taps:
         self.closed = False
         self.view: TokenView | None = None
         self.positions: Positions | None = None
-        self.sites = {site.name for site in sites}
+        self.sites = {site.name: site for site in sites}
         self.shape: torch.Size | None = None
         """(rows, tokens) of the forward pass that a trace runs."""
         self.points: dict[str, TapPoint] = {}
@@ -270,6 +271,18 @@ class _Taps:
         if self.closed:
             raise SiteError("these SAEs were detached. Attach them again: model.attach(...).")
 
+    def _check_recomputed(self, names: Iterable[str]) -> None:
+        """Raises ArgumentError where the backward pass would run a site again, when no action stands there any more."""
+        for name in names if torch.is_grad_enabled() else ():
+            parts = self.sites[name].path.split(".")
+            around = [self.edited._module.get_submodule(".".join(parts[:i])) for i in range(1, len(parts))]
+            layers = [module for module in around if isinstance(module, GradientCheckpointingLayer)]
+            if any(layer.gradient_checkpointing and layer.training for layer in layers):
+                raise ArgumentError(
+                    f"gradient checkpointing computes {name} again in the backward pass, without what is done there. Switch "
+                    "it off, use torch.no_grad() if no gradient is wanted, or choose the input or output of a layer."
+                )
+
     def _begin_pass(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note which tokens the model is about to process; called at every forward pass of the model."""
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
@@ -312,6 +325,7 @@ class _Taps:
         Raises:
             SiteNotExecutedError: a site with an action did not run.
             SiteError: such a site ran twice in one forward pass.
+            ArgumentError: such a site would be computed again, unedited, for the gradient.
         """
         visited: dict[str, TokenView] = {}
 
@@ -343,6 +357,7 @@ class _Taps:
         with self.lock:
             self.check_open()
             _check_no_trace(self.edited)
+            self._check_recomputed(actions)
             self.positions = positions
             for point in self.points.values():
                 point.action = _unchanged
