@@ -387,11 +387,12 @@ _NO_INPUT = torch.zeros(1, 1, dtype=torch.long)
 
 
 def _check_no_trace(model: Any) -> None:
-    """Raises ArgumentError in the block of a trace, where the model is running already. To be called with the lock held."""
+    """Raises ArgumentError where the model is running already: in the block of a trace, or in what a run calls. To be called
+    with the lock held."""
     if model.interleaver.interleaving:
         raise ArgumentError(
-            "the model was called in the block of a trace, where it is running already. Call it before or after the trace, "
-            "or write what you want to change in the block."
+            "the model was called in the block of a trace, or in what a run itself calls such as a streamer, where it is "
+            "running already. Call it before or after, or write what you want to change in the block."
         )
 
 
