@@ -41,8 +41,21 @@ class Runs:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its input."""
-        return self.lm.device
+        """Where the model takes its input.
+
+        Raises:
+            ArgumentError: the model has no weights.
+        """
+        if self.lm.device.type != "meta":
+            return self.lm.device
+        for module in self.lm.modules():  # weights that are fetched when they are needed, by accelerate
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        raise ArgumentError(
+            "the model's weights are on the device 'meta', which holds sizes and no numbers. Load them: "
+            "HookedModel.from_pretrained(path)."
+        )
 
     def _batch(self, x: Any, attention_mask: Tensor | None = None) -> Batch:
         batch = to_batch(x, self.tokenizer, vocab_size=self._vocab_size, attention_mask=attention_mask)
