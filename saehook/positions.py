@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from saehook.config import MaskRule
 from saehook.errors import ArgumentError
-from saehook.interventions import AnyEdit, Edit
+from saehook.interventions import AnyEdit, Edit, Program
 from saehook.row_text import RowText
 from saehook.tokenization import is_outlier, keep_mask
 from saehook.where import EVERYWHERE, Where
+
+UNKNOWN_ID = -1
+"""Of a token in a KV cache that somebody else made."""
 
 
 class Positions:
@@ -80,10 +83,34 @@ class Positions:
                     "beams change places while they are generated, so their text is not known to a pattern. Restrict it to "
                     "the prompt, Where(pattern=..., generation=False), or generate without beams."
                 )
+            if (self.ids == UNKNOWN_ID).any():
+                raise ArgumentError(
+                    "a pattern needs the row's whole text, and a KV cache has none. Give it without the cache."
+                )
             if self._decode is None:
                 raise ArgumentError("a pattern needs a tokenizer, and this run has none.")
             if self._text is None:
                 self._text = RowText(self.ids.repeat_interleave(self.expansion, 0), self.attended, self._decode)
+
+    def check_cached(self, program: Program, n: int) -> None:
+        """Raises ArgumentError if a program means one of the first `n` positions, whose keys and values a given cache holds
+        already. What an edit says of ids counts only where they are known, and its `when` not at all."""
+        view = TokenView(self, 0, self.ids[:, :n])
+        norm = torch.zeros(view.ids.shape, device=view.ids.device)
+        for edit in program.edits:
+            where = edit.where
+            if (view.ids == UNKNOWN_ID).any():
+                where = replace(where, token_ids=None)
+            if view.select(where, view.mask(MaskRule(), norm, where)).any():
+                raise ArgumentError(
+                    f"{edit} means tokens that the given past_key_values holds already, and would not act there. Leave "
+                    f"past_key_values out, or say that what follows is meant: where=span({int(view.index.max()) + 1})."
+                )
+        if program.splice and view.keep.any():
+            raise ArgumentError(
+                "splice=True means tokens that the given past_key_values holds already, and would not act there. Leave "
+                "past_key_values out."
+            )
 
     @property
     def text(self) -> RowText:

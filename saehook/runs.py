@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saehook.errors import ArgumentError, ContextLengthError, NoEffectWarning
 from saehook.interventions import AnyEdit, Program
-from saehook.positions import Positions
+from saehook.positions import UNKNOWN_ID, Positions
 from saehook.results import Generation, Report
 from saehook.tokenization import Batch, special_ids, to_batch
 
@@ -109,10 +109,10 @@ class Runs:
             splice: put every attached SAE's reconstruction in, edits included.
             error: `keep` (default) or `drop` the reconstruction error on edited tokens.
             attention_mask: for a 2-D `x` that is padded already.
-            forward: handed to the model's forward.
+            forward: handed to the model's forward. `x` is what stands behind the tokens of `past_key_values=cache`.
 
         Raises:
-            ArgumentError: edits of rows into which several texts are packed.
+            ArgumentError: edits of rows into which several texts are packed, or of tokens that a given cache holds.
         """
         program = Program.of(edits, splice, error)
         if doubled := {"input_ids", "inputs_embeds"} & forward.keys():
@@ -120,7 +120,10 @@ class Runs:
         batch = self._batch(x, attention_mask)
         if program.edits or program.splice:
             _check_unpacked(batch, forward.get("position_ids"))
-        arguments = self._arguments(batch, masked=attention_mask is not None) | forward
+        cached = _cached_tokens(forward)
+        arguments = self._arguments(batch, masked=attention_mask is not None and not cached) | forward
+        batch = _behind(batch, cached)
+        self._check_cache(batch, program, forward)
         output, report = self._call(lambda: self.lm(**arguments), program, self._positions(batch, program))
         _warn_of(report)
         return output
@@ -162,7 +165,8 @@ class Runs:
         `hf` goes to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature`, `num_beams`, `streamer`, ...).
 
         Raises:
-            ArgumentError: a seed or a number of new tokens that is no whole number; rows that are padded or packed already.
+            ArgumentError: a seed or a number of new tokens that is no whole number; rows that are padded or packed already;
+                edits of tokens that a given `past_key_values` holds, which begins the prompt.
             ContextLengthError: prompt and new tokens together are more than the model takes.
         """
         result = self.generate_quietly(x, Program.of(edits, splice, error), seed, **hf)
@@ -192,6 +196,7 @@ class Runs:
         """`generate` without warnings: what edits did not do stands in the report only."""
         batch = self._batch(x)
         self._check_unpadded(x, hf)
+        self._check_cache(batch, program, hf)
         output, report = self._generate(batch, program, seed, hf)
         sequences = (output if isinstance(output, Tensor) else output.sequences).cpu()
         rows = self._generations(batch, sequences, hf, [report] * len(sequences))
@@ -267,6 +272,17 @@ class Runs:
                         "rows without padding."
                     )
 
+    def _check_cache(self, batch: Batch, program: Program, arguments: dict[str, Any]) -> None:
+        """Raises ArgumentError where edits mean tokens that a KV cache given with the arguments holds, or it holds them all."""
+        cached, length = _cached_tokens(arguments), batch.ids.shape[1]
+        if cached >= length:
+            raise ArgumentError(
+                f"past_key_values holds {cached} tokens, and the prompt has {length}. Give the whole prompt, the cached tokens "
+                "included, and at least one more."
+            )
+        if cached:
+            self._positions(batch, program).check_cached(program, cached)
+
     def _generation(self, row: Tensor, mask: Tensor, length: int, eos: Any, report: Report) -> Generation:
         """One row without the padding on its left and behind its EOS."""
         new = row[length:]
@@ -275,6 +291,26 @@ class Runs:
             new = new[: int(ends.nonzero()[0]) + 1]
         ids = torch.cat([row[:length][mask.bool()], new])
         return Generation(ids, new, self.tokenizer.decode(new.tolist(), skip_special_tokens=True), report)
+
+
+def _cached_tokens(arguments: dict[str, Any]) -> int:
+    """Positions of the KV cache among the arguments of a model, 0 without one."""
+    cache = arguments.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _behind(batch: Batch, cached: int) -> Batch:
+    """The rows with that many tokens before them whose ids are not known.
+
+    Raises:
+        ArgumentError: the rows are padded, so that they do not begin where the cache ends.
+    """
+    if not cached:
+        return batch
+    if batch.padded:
+        raise ArgumentError("rows behind a KV cache are padded, so they would not follow it. Give rows of one length.")
+    ids = torch.nn.functional.pad(batch.ids, (cached, 0), value=UNKNOWN_ID)
+    return Batch(ids, torch.ones_like(ids), batch.single)
 
 
 def _check_unpacked(batch: Batch, position_ids: Tensor | None) -> None:
