@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -150,11 +151,14 @@ class Taps(Protocol):
 def run_plan(
     taps: Taps, call: Callable[[], Any], plan: EditPlan, program: Program, positions: Positions, lm: Any, tokenizer: Any
 ) -> tuple[Any, Report]:
-    """`call()` with the plan in force, and the report of what it did.
+    """`call()` with the plan in force, and the report of what it did. Warns once where dropout acts.
 
     Raises:
         ArgumentError: an edit gave a value that the half-precision dtype of its site cannot hold.
     """
+    if lm.training:
+        message = "the language model is in train mode, so dropout acts in edited runs, too. Call lm.eval() if it is not meant."
+        warnings.warn(message, UserWarning, stacklevel=2)
     try:
         result = taps.run(call, plan.actions, positions)
     except Exception:
