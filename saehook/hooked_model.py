@@ -452,9 +452,12 @@ class HookedModel(Runs):
         self.model_id = model_id or getattr(lm.config, "name_or_path", None) or type(lm).__name__
         self._vocab_size = lm.get_input_embeddings().num_embeddings
         self._lock = lock_of(lm)
+        # Without a device nnsight would move the model to the first accelerator.
+        place = {} if getattr(lm, "hf_device_map", None) else {"device": self.device}
         with self._lock:
             # nnsight sets the padding side and token of the tokenizer it gets.
-            self._nnsight = _Model(lm, task="text-generation", tokenizer=copy.deepcopy(tokenizer))
+            copied = copy.deepcopy(tokenizer)
+            self._nnsight = _Model(lm, task="text-generation", tokenizer=copied, **place)
         self._taps: dict[tuple[str, ...], _Taps] = {}
 
     @classmethod

@@ -48,13 +48,13 @@ class Runs:
         """
         if self.lm.device.type != "meta":
             return self.lm.device
-        for module in self.lm.modules():  # weights that are fetched when they are needed, by accelerate
-            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-            if device is not None:
-                return torch.device(device)
+        if getattr(self.lm, "hf_device_map", None):  # offloaded: accelerate fetches the weights when they are needed
+            hooks = [getattr(module, "_hf_hook", None) for module in self.lm.modules()]
+            places = [getattr(hook, "execution_device", None) for hook in hooks]
+            return torch.device(next(place for place in places if place is not None))
         raise ArgumentError(
             "the model's weights are on the device 'meta', which holds sizes and no numbers. Load them: "
-            "HookedModel.from_pretrained(path)."
+            "HookedModel.from_pretrained(path), with device_map='auto' where they do not fit."
         )
 
     def _batch(self, x: Any, attention_mask: Tensor | None = None) -> Batch:
