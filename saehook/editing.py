@@ -42,7 +42,7 @@ class EditAction:
             ArgumentError: the reconstructions of two SAEs are asked for at this one site.
         """
         self.blocks, self.program = blocks, program
-        saes = {id(block.sae) for block in blocks if isinstance(block, LatentBlock)}
+        saes = {id(block.encode) for block in blocks if isinstance(block, LatentBlock)}  # one SAE may stand here twice
         if program.drops_error and len(saes) > 1:
             raise ArgumentError(
                 f"{len(saes)} SAEs stand at one site, and x' can be the reconstruction of one of them only. Keep the error, or "
