@@ -630,6 +630,8 @@ class HookedModel(Runs):
             for number, sae in enumerate(many):
                 if not isinstance(sae, SAE):
                     raise ArgumentError(f"{type(sae).__name__} is no SAE; load one with saehook.load_sae(path).")
+                if sae.device.type == "meta":
+                    raise ArgumentError(f"the SAE for {given} has sizes and no weights. Load it without device='meta'.")
                 read_name, written_name = self._names(given, sae)
                 read = written = self._one_site(read_name, sae.site, sae.d_in, check, sites)
                 if written_name is not None:
