@@ -21,7 +21,7 @@ import reference_hooks as reference
 import torch
 from builders import BOS, EOS, LAYERS, PAD, SPECIAL, WIDTH, build_lm, byte_tokenizer, footprint, random_ids, tiny_sae
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from saehook.conditions import latent
 from saehook.config import BatchTopK
@@ -486,6 +486,11 @@ def test_rule_14_saes_at_one_site_see_each_others_writes_unless_they_are_paralle
     dropped = changed(hooked, IDS, Program(edits=edits[1:], error="drop"))[0, TOUCHED]
     torch.testing.assert_close(dropped, second.decode(0.5 * reference.encode(second, x)).detach())
     hooked.detach()
+    twice = model.attach({SITE: [first, first]})
+    for both in (Program(splice=True), Program(edits=[ablate(3, site=name) for name in twice.sites], error="drop")):
+        with pytest.raises(ArgumentError, match="2 SAEs stand at one site"):
+            twice(IDS, both)
+    twice.detach()
 
 
 def test_rule_15_one_sae_at_two_sites_encodes_what_reaches_each(models_by_name):
@@ -897,7 +902,9 @@ def test_rule_26_an_offloaded_model_is_edited_like_any_other(models_by_name, tmp
     equal_runs(hooked, REMEMBERS, {}, {"use_cache": False}, new=2)
 
 
-def test_rule_26_a_model_without_weights_is_refused():
+def test_rule_26_a_model_or_sae_without_weights_is_refused(models_by_name):
+    with pytest.raises(ArgumentError, match="sizes and no weights"):
+        models_by_name("llama")[0].attach(tiny_sae(site=SITE).to("meta"))
     with pytest.raises(ArgumentError, match="'meta', which holds sizes and no numbers"):
         HookedModel(build_lm("llama").to("meta"), byte_tokenizer())
 
@@ -993,6 +1000,8 @@ def re_escaped(what: str, n: int) -> str:
 
 def test_rule_30_edits_behind_a_cache_act_as_in_a_run_without_it(models_by_name):
     hooked, _ = attach(models_by_name)
+    empty = hooked.generate(IDS, REMEMBERS, max_new_tokens=3, past_key_values=DynamicCache())
+    assert empty.new_ids.tolist() == hooked.generate(IDS, REMEMBERS, max_new_tokens=3).new_ids.tolist()
     cache, n = cache_of(hooked.model, IDS[:6]), 6
     for edits in (
         [steer(9, 3.0, where=span(n)), ablate((1, 2), where=tokens(-1, n))],
