@@ -205,8 +205,13 @@ class TokenView:
     @property
     def attended(self) -> Tensor:
         """Which are no padding of the input, [rows, n]."""
-        prompt = self.run.attended[:, self.past : self.past + self.n_prompt]
-        return torch.nn.functional.pad(prompt, (0, self.n_generated), value=True)
+        return self.attended_since(self.past)
+
+    def attended_since(self, start: int) -> Tensor:
+        """Which positions from `start` to the end of this pass are no padding of the input, [rows, end - start]."""
+        end = self.past + self.ids.shape[1]
+        prompt = self.run.attended[:, start:end]
+        return torch.nn.functional.pad(prompt, (0, end - start - prompt.shape[1]), value=True)
 
     @property
     def keep(self) -> Tensor:

@@ -84,6 +84,7 @@ class Conditions:
             case Hold(of, tokens):
                 begin = max(0, start - tokens)
                 true = self._from(of, view, begin)
+                true = true & view.attended_since(begin).to(true.device)  # whatever it says of the 0 of padding
                 padded = torch.nn.functional.pad(true.float(), (tokens - (start - begin), 0))
                 return torch.nn.functional.max_pool1d(padded, tokens + 1, 1) > 0
         raise AssertionError(condition)
