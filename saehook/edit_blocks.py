@@ -328,14 +328,15 @@ class LatentBlock(Block):
         """z of the edit's latents at its source, [len(latents)].
 
         Raises:
-            ArgumentError: the source lies in a cache that the run began with.
+            ArgumentError: the source lies in a cache that the run began with, or in a later pass.
         """
         assert self.track is not None
         assert self.track.view is not None
         assert edit.source is not None
         view = self.track.view
         row, column = view.run.column(*edit.source)
-        return torch.stack([self.track.of(i, view, since=column)[row, column] for i in edit.latents])
+        values = [self.track.of(i, view, since=column, until=column + 1) for i in edit.latents]
+        return torch.stack([z[row, column] for z in values])
 
     def _read_back(
         self,

@@ -38,12 +38,12 @@ class LatentTrack:
         self.z = torch.cat([self.z[:, : view.past], z], 1)
         self.view = view
 
-    def of(self, latent: int, view: TokenView, *, since: int | None = None) -> Tensor:
+    def of(self, latent: int, view: TokenView, *, since: int | None = None, until: int = 0) -> Tensor:
         """z of one latent at all positions up to the end of this pass, [rows, positions].
 
         Raises:
-            SiteError: the model has not come by the SAE in this pass. ArgumentError: positions from `since` on are asked
-                for, and lie in a cache that the run began with.
+            SiteError: the model has not come by the SAE in this pass. ArgumentError: positions from `since` on or before
+                `until` are asked for, and lie in a cache that the run began with, or in a later pass.
         """
         if self.z is None or self.view is not view:
             raise SiteError(
@@ -54,6 +54,11 @@ class LatentTrack:
             raise ArgumentError(
                 f"the run began with a KV cache of {self.first} tokens, so what latent {latent} at {self.name} was there is "
                 "not known. Give the whole input without the cache, or use a condition on the token itself."
+            )
+        if self.z.shape[1] < until:
+            raise ArgumentError(
+                f"the input comes in pieces, so what latent {latent} at {self.name} is in those behind is not known yet. "
+                "Generate without prefill_chunk_size."
             )
         return self.z[..., self.latents.index(latent)]
 
@@ -94,7 +99,8 @@ class Conditions:
         track = self.tracks[left.site]
         if left.over == "here":
             return track.of(left.latent, view, since=start)[:, start:]
-        z = track.of(left.latent, view, since=0)
+        whole = left.over == "prompt_max"
+        z = track.of(left.latent, view, since=0, until=view.run.length if whole else 0)
         match left.over:
             case "last":
                 return torch.nn.functional.pad(z, (1, 0))[:, start:-1]
