@@ -65,6 +65,8 @@ class Condition:
         raise NotImplementedError
 
     def _check(self) -> None:
+        if not self.parts:
+            raise ArgumentError("no conditions to combine are given; at least one is expected.")
         for part in self.parts:
             if not isinstance(part, Condition):
                 raise ArgumentError(f"{part!r} is no condition; expected for example latent(501) > 3.0.")
@@ -274,7 +276,7 @@ def condition_from_data(data: Any, path: str, depth: int = 0) -> Condition:
     check_fields(data, path, {*COMPARISONS, "and", "or", "not", "hold"})
     if len(data) != 1:
         raise FormatError(f"{path} has {len(data)} fields; exactly one of them is expected.")
-    if depth > MAX_DEPTH:
+    if depth >= MAX_DEPTH:
         raise FormatError(f"{path}: conditions are nested more than {MAX_DEPTH} deep. Make them simpler.")
     ((op, value),) = data.items()
     inside = f"{path}.{op}"

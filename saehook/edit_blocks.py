@@ -402,8 +402,11 @@ class VectorBlock(Block):
             )
         self.program, self.conditions = program, conditions or Conditions({})
         self.edit = edit
-        vector = torch.tensor(edit.vector, dtype=torch.float32, device=device)
-        self.vector = vector if edit.op == "add" and edit.unit == "raw" else vector / torch.linalg.vector_norm(vector)
+        vector = torch.tensor(edit.vector, dtype=torch.float64)
+        if edit.op != "add" or edit.unit == "norm":
+            vector = vector / vector.abs().max()  # else the square of a tiny or huge number is 0 or infinite
+            vector = vector / torch.linalg.vector_norm(vector)
+        self.vector = vector.to(device, torch.float32)
         self.edits = [Prepared(index, edit, self.vector, torch.empty(0, dtype=torch.long))]
 
     def __call__(self, seen: Seen, norm: Tensor, view: TokenView) -> Change:

@@ -1,8 +1,10 @@
-"""Checks on data that a user or a file gives: whole numbers, finite numbers, the fields of a JSON object."""
+"""Checks on data that a user or a file gives: whole numbers, finite numbers, the objects and fields of JSON."""
 
 from __future__ import annotations
 
+import json
 import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from saehook.errors import ArgumentError, FormatError
 MAX_VALUE = 3.4028234663852886e38
 """The largest float32: edits are computed in it."""
 MAX_INTEGER = 2**62
+MAX_NESTING = 100
+"""Of lists and objects in JSON."""
 
 
 def integers(values: Any, what: str) -> tuple[int, ...]:
@@ -50,10 +54,49 @@ def listed(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values))
 
 
+class JSONObject(dict[str, Any]):
+    """An object of a JSON text."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+        """Fields that it has more than once."""
+
+
+def from_json(text: str, what: str) -> Any:
+    """JSON as data, objects as `JSONObject`.
+
+    Raises:
+        FormatError: no JSON, or nested too deep; `what` is its name in the message.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=JSONObject)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"the {what} is not JSON: {error}.") from None
+    rest = [(data, what, 0)]
+    while rest:
+        value, path, depth = rest.pop()
+        if depth > MAX_NESTING:
+            raise FormatError(f"{path} is nested more than {MAX_NESTING} deep. Make it simpler.")
+        if depth > 3:  # as far as a path helps a reader
+            names = [""] * len(value)
+        else:
+            names = [f".{key}" for key in value] if isinstance(value, dict) else [f"[{i}]" for i in range(len(value))]
+        inner = value.values() if isinstance(value, dict) else value
+        rest += [
+            (each, path + name, depth + 1)
+            for each, name in zip(inner, names, strict=True)
+            if isinstance(each, (dict, list))
+        ]
+    return data
+
+
 def check_fields(data: Any, path: str, known: Iterable[str], required: Iterable[str] = ()) -> None:
     """Raises FormatError, naming `path`, unless `data` is an object with those fields and no other."""
     if not isinstance(data, dict):
         raise FormatError(f"{path} is {short(data)}; an object is expected.")
+    if twice := getattr(data, "twice", None):
+        raise FormatError(f"{path} has the field {short(twice[0])} twice. Leave one of them out.")
     unknown, missing = set(data) - set(known), set(required) - set(data)
     if unknown or missing:
         problem = f"has unknown fields {sorted(unknown)}" if unknown else f"lacks {sorted(missing)}"
@@ -61,8 +104,8 @@ def check_fields(data: Any, path: str, known: Iterable[str], required: Iterable[
 
 
 def check_kinds(data: dict[str, Any], path: str, kind: type, names: Sequence[str]) -> None:
-    """Raises FormatError where one of these fields is there and is no `kind` (`str` or `bool`)."""
-    expected = {str: "a string", bool: "true or false"}[kind]
+    """Raises FormatError where one of these fields is there and is no `kind` (`str`, `bool` or `list`)."""
+    expected = {str: "a string", bool: "true or false", list: "a list"}[kind]
     for name in names:
         if name in data and not isinstance(data[name], kind):
             raise FormatError(f"{path}.{name} is {short(data[name])}; {expected} is expected.")

@@ -45,7 +45,7 @@ from typing import Any
 
 from saehook.conditions import Condition, condition_from_data
 from saehook.errors import ArgumentError, FormatError, LatentError
-from saehook.fields import MAX_VALUE, check_fields, check_kinds, integers, listed, number, short
+from saehook.fields import MAX_VALUE, check_fields, check_kinds, from_json, integers, listed, number, short
 from saehook.schedules import Schedule
 from saehook.where import EVERYWHERE, Where
 
@@ -394,10 +394,7 @@ class Program:
         Raises:
             FormatError: not JSON, an unknown schema or field, or a value of the wrong kind; the field is named.
         """
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"the program is not JSON: {error}. Write what Program.to_json() gives.") from None
+        data = from_json(text, "program")
         known = {"schema", "edits", "splice", "error", "norm", "parallel"}
         check_fields(data, "program", known, {"schema", "edits"})
         if isinstance(data["schema"], bool) or data["schema"] != SCHEMA:
@@ -405,6 +402,8 @@ class Program:
         if not isinstance(data["edits"], list):
             raise FormatError(f"program.edits is {short(data['edits'])}; a list is expected.")
         check_kinds(data, "program", bool, ("splice", "parallel"))
+        if isinstance(data.get("norm"), dict):
+            check_fields(data["norm"], "program.norm", {"cap"})
         edits = tuple(_edit_from_data(edit, f"edits[{i}]") for i, edit in enumerate(data["edits"]))
         try:
             fields = {name: value for name, value in data.items() if name not in ("schema", "edits")}

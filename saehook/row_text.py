@@ -65,17 +65,18 @@ class RowText:
 
 
 def matches_in(pattern: str, text: str) -> list[Span]:
-    """Where the expression matches.
+    """Where the expression matches one or more characters.
 
     Raises:
         ArgumentError: after `SECONDS` there is no end to it.
     """
     try:
-        return [match.span() for match in regex.finditer(pattern, text, timeout=SECONDS)]
+        matches = [match.span() for match in regex.finditer(pattern, text, timeout=SECONDS)]
     except TimeoutError:
         raise ArgumentError(
             f"the pattern {pattern!r} takes more than {SECONDS:g} s on {len(text)} characters. Make it simpler."
         ) from None
+    return [(start, end) for start, end in matches if start < end]
 
 
 def spans(ids: Sequence[int], text: str, decode: Callable[[list[int]], str]) -> list[Span]:

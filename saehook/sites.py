@@ -26,6 +26,7 @@ from typing import Any
 from torch import nn
 
 from saehook.errors import SiteError
+from saehook.fields import short
 
 KINDS = ("resid_pre", "attn_in", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_act", "mlp_out", "resid_post")
 """In the order in which a layer computes them."""
@@ -176,22 +177,35 @@ def named_sites(lm: Any) -> list[Site]:
     return sites
 
 
+MAX_NAMES = 10_000
+"""That one pattern may stand for."""
+
+
 def _expand(pattern: str) -> list[str]:
     """`layers.{2..4}.x` and `{a,b}` as the list of patterns without braces."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    body = match.group(1)
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-    if numbers:
-        low, high = int(numbers[1]), int(numbers[2])
-        if low > high:
-            raise SiteError(f"the range {{{body}}} in {pattern!r} is empty. Write the smaller number first.")
-        choices = [str(n) for n in range(low, high + 1)]
-    else:
-        choices = body.split(",")
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [expanded for choice in choices for expanded in _expand(head + choice + tail)]
+    names, rest = [], [pattern]
+    while rest:
+        name = rest.pop()
+        match = re.search(r"\{([^{}]*)\}", name)
+        if match is None:
+            names.append(name)
+            continue
+        choices = _choices(match[1], pattern)
+        if len(names) + len(rest) + len(choices) > MAX_NAMES:
+            raise SiteError(f"{short(pattern)} stands for more than {MAX_NAMES:,} names. Use fewer or smaller ranges.")
+        rest += [name[: match.start()] + choice + name[match.end() :] for choice in reversed(choices)]
+    return names
+
+
+def _choices(body: str, pattern: str) -> Sequence[str]:
+    """What stands in one pair of braces."""
+    numbers = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", body)
+    if numbers is None:
+        return body.split(",")
+    low, high = int(numbers[1]), int(numbers[2])
+    if low > high:
+        raise SiteError(f"the range {{{body}}} in {pattern!r} is empty. Write the smaller number first.")
+    return [str(n) for n in range(low, min(high, low + MAX_NAMES) + 1)]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -87,6 +87,7 @@ class Conditions:
             case Or(of):
                 return torch.stack([self._from(part, view, start).cpu() for part in of]).any(0)
             case Hold(of, tokens):
+                tokens = min(tokens, view.past + view.ids.shape[1])  # of a larger number only the memory would be more
                 begin = max(0, start - tokens)
                 true = self._from(of, view, begin)
                 true = true & view.attended_since(begin).to(true.device)  # whatever it says of the 0 of padding

@@ -9,7 +9,7 @@ from typing import Any
 import regex
 
 from saehook.errors import ArgumentError, FormatError
-from saehook.fields import check_fields, check_kinds, integers, listed
+from saehook.fields import check_fields, check_kinds, integers, listed, short
 
 MAX_PATTERN = 1000
 """Characters of a regular expression."""
@@ -113,6 +113,7 @@ class Where:
         """
         check_fields(data, path, {*_LISTS, *_SWITCHES, "pattern"})
         check_kinds(data, path, bool, _SWITCHES)
+        check_kinds(data, path, list, [name for name in _LISTS if data.get(name) is not None])
         if data.get("tokens") is not None and {"prompt", "generation"} & set(data):
             raise FormatError(f"{path} names tokens and more: {data}. Leave out prompt and generation.")
         try:
@@ -146,12 +147,16 @@ def _range(given: Any) -> tuple[int, int | None]:
 def _check_pattern(pattern: Any) -> None:
     if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_PATTERN:
         raise ArgumentError(
-            f"pattern={pattern!r} in a Where; a regular expression of 1 to {MAX_PATTERN} characters is expected."
+            f"pattern={short(pattern)} in a Where; a regular expression of 1 to {MAX_PATTERN} characters is expected."
         )
     try:
         regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError, ValueError) as error:
-        raise ArgumentError(f"pattern={pattern!r} in a Where is no regular expression: {error}.") from None
+        raise ArgumentError(f"pattern={short(pattern)} in a Where is no regular expression: {error}.") from None
+    if regex.search(r"\(\?(?:R|[+-]?\d+|&\w+|P>\w+)\)", regex.sub(r"\\.", "", pattern, flags=regex.DOTALL)):
+        raise ArgumentError(
+            f"pattern={short(pattern)} in a Where calls a group from within, which may take all memory. Write it without."
+        )
 
 
 def _roles(given: Any) -> tuple[str, ...]:

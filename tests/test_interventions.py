@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import saehook
-from saehook.conditions import COMPARISONS, OVER, Comparison, latent
+from saehook.conditions import COMPARISONS, OVER, And, Comparison, Or, latent
 from saehook.errors import ArgumentError, FormatError, LatentError
 from saehook.interventions import (
     ERRORS,
@@ -258,6 +258,23 @@ def test_edits_read_as_a_sentence():
     assert str(ablate((3, 4), site="layers.1.mlp_out")) == "ablate 3, 4 at layers.1.mlp_out (every token)"
 
 
+@pytest.mark.parametrize("pattern", ["(?R)", "((?R))*", "(a|(?1))(?1)", "(?<n>(?&n))", r"\\(?R)", "(?P<n>x|(?P>n))"])
+def test_a_pattern_that_calls_itself_is_refused(pattern):
+    with pytest.raises(ArgumentError, match="calls a group from within"):
+        Where(pattern=pattern)
+
+
+def test_patterns_that_look_like_it():
+    for pattern in (r"\(?R\)", r"(a)(?(1)b|c)", r"\(\?R\)", "(?P<R>a)", "(?i:R)"):
+        assert Where(pattern=pattern).pattern == pattern
+
+
+def test_nothing_to_combine():
+    for kind in (And, Or):
+        with pytest.raises(ArgumentError, match="no conditions to combine"):
+            kind(())
+
+
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -457,7 +474,7 @@ def changed(path: list[str | int], value: Any) -> str:
         (["edits", 0, "where"], {"tokens": []}, r"edits\[0\].*names no token"),
         (["edits", 0, "where"], {"speakers": [0]}, r"edits\[0\]\.where has unknown fields"),
         (["edits", 3, "where", "rows"], [-1], r"edits\[3\].*rows"),
-        (["edits", 3, "where", "rows"], 0, r"edits\[3\].*rows are 0"),
+        (["edits", 3, "where", "rows"], 0, r"edits\[3\]\.where\.rows is 0"),
         (["edits", 3, "where", "positions"], [4, 1], r"edits\[3\].*positions=\[4, 1\]"),
         (["edits", 3, "where", "token_ids"], [], r"edits\[3\].*token_ids"),
         (["edits", 3, "where", "special"], 1, r"edits\[3\]\.where\.special is 1"),
@@ -485,6 +502,35 @@ def test_a_program_file_that_is_wrong_names_the_field(path, value, match):
 def test_a_text_that_is_no_program(text):
     with pytest.raises(FormatError, match="program"):
         Program.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        ('{"op": "add", "latents": [3], "op": "ablate"}', r"edits\[0\] has the field 'op' twice"),
+        (
+            '{"op": "ablate", "latents": [3], "where": {"bos": true, "bos": false}}',
+            r"edits\[0\]\.where has .* 'bos' twice",
+        ),
+        ('{"op": "ablate", "latents": [3], "where": {"roles": {"user": 3}}}', r"edits\[0\]\.where\.roles is .* a list"),
+        ('{"op": "ablate", "latents": [3], "when": {"and": []}}', r"edits\[0\]\.when\.and is empty"),
+        *[
+            (
+                f'{{"op": "ablate", "latents": {"[" * n}{"]" * n}}}',
+                r"edits\[0\]\.latents\S* is nested more than 100",
+            )
+            for n in (100, 800, 900, 960)
+        ],
+    ],
+)
+def test_an_object_that_is_wrong_is_named(edit, match):
+    with pytest.raises(FormatError, match=match):
+        Program.from_json('{"schema": 1, "edits": [' + edit + "]}")
+
+
+def test_the_norm_of_a_file_has_one_field():
+    with pytest.raises(FormatError, match=r"program\.norm has unknown fields \['floor'\]"):
+        Program.from_json('{"schema": 1, "edits": [], "norm": {"cap": 1, "floor": 0}}')
 
 
 def test_contradicting_fields_in_a_file():

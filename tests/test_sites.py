@@ -394,3 +394,12 @@ def test_repeated_reads_leave_nothing_behind():
         model.activations(IDS, "layers.*.resid_post")
     assert len(list(model._nnsight.named_modules())) == once
     assert model.context == CONTEXT
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["layers.{0..99999999}.mlp_out", "{a,b}" * 40, "layers.{0.." + "9" * 5000 + "}.mlp_out", "{" * 500 + "}" * 500],
+)
+def test_a_pattern_that_stands_for_too_many_names_is_refused(pattern):
+    with pytest.raises(SiteError, match="stands for more than 10,000 names|matches no site"):
+        resolve(build_lm("llama"), pattern)
