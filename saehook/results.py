@@ -122,8 +122,8 @@ class Report:
         return notes
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data for JSON: edits as in a program, numbers unrounded, None for those that are not finite."""
-        return {name: _data(value) for name, value in vars(self).items()}
+        """Plain data for JSON, with the notes: edits as in a program, numbers unrounded, None for those that are not finite."""
+        return {name: _data(value) for name, value in vars(self).items()} | {"notes": self.notes()}
 
     def to_json(self) -> str:
         """`to_data` as JSON."""
@@ -137,7 +137,7 @@ class Report:
             lines += [f"  {_words(latent)}" for latent in e.latents]
         lines += [f"{s.site}: {s.tokens} tokens, ‖x'-x‖/‖x‖ {s.dose:.3f}" for s in self.sites]
         for s in self.side_effects:
-            lines += [f"besides, the SAE at {s.sae} reads", *(f"  {_words(latent)}" for latent in s.latents)]
+            lines += [f"moved besides at {s.sae}, {_words(latent)}" for latent in s.latents]
         for number, row in enumerate(self.rows):
             line = f"row {number}: KL {row.mean_kl:.3g} nats a token"
             if row.unedited_ids is not None:

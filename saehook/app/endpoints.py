@@ -60,9 +60,8 @@ def generate_endpoint(hooked: HookedSAEs, limits: Limits) -> Callable[..., Itera
             check_program(hooked, parsed, len(ids), limits)
             with contextlib.closing(stream_program(hooked, ids, parsed, sampling, limits)) as parts:
                 for part in parts:
-                    report = None if part.generation is None else part.generation.report
-                    data = None if report is None else {**report.to_data(), "notes": report.notes()}
-                    yield {"text": part.text, "tokens": len(part.new_ids), "done": report is not None, "report": data}
+                    report = None if part.generation is None else part.generation.report.to_data()
+                    yield {"text": part.text, "tokens": len(part.new_ids), "done": report is not None, "report": report}
 
     return generate_text
 
