@@ -64,7 +64,7 @@ def full_report(
 
     (edited, found), (clean, _) = run(program, watch), run(Program())
     kl = token_kl(clean, edited).view(own.shape).cpu()
-    report = report or found
+    report = found if report is None else report
     edits = [e._replace(latents=watch.latents[i]) for i, e in enumerate(report.edits)]
     rows = [
         RowReport(tuple(row[mine].tolist()), tuple(values[mine].tolist()))
@@ -77,11 +77,10 @@ def beside(report: Report, edited: Sequence[Generation], unedited: Sequence[Gene
     """The report with the same rows without the program."""
     rows = []
     for row, one, other in zip(report.rows, edited, unedited, strict=True):
-        pairs = enumerate(
-            zip(one.new_ids.tolist(), other.new_ids.tolist(), strict=False)
-        )  # a row may have been stopped
-        first = next((i for i, (a, b) in pairs if a != b), None)
         unedited_ids = tuple(other.new_ids.tolist())
+        # Not `strict`: one of them may have been stopped before the other.
+        pairs = enumerate(zip(one.new_ids.tolist(), unedited_ids, strict=False))
+        first = next((i for i, (a, b) in pairs if a != b), None)
         rows.append(row._replace(unedited_ids=unedited_ids, unedited_text=other.text, first_divergent=first))
     return replace(report, rows=tuple(rows))
 

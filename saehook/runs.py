@@ -214,7 +214,7 @@ class Runs:
         sequences, found = self._generate(batch, program, random, hf)
         rows = self._generations(batch, sequences, found, hf)
         if report is not None:
-            given = [len(row.new_ids) - 1 for row in rows]  # the last new token went into no pass
+            given = [max(0, len(row.new_ids) - 1) for row in rows]  # the last new token went into no pass
             found = full_report(self, program, batch, sequences[:, :-1], given, found)
             free = {name: value for name, value in hf.items() if name not in _OF_ONE_RUN}
             sequences, unedited = self._generate(batch, Program(), random, free)
