@@ -239,7 +239,9 @@ def _add_generation(sub: argparse.ArgumentParser) -> None:
         help="tokens that the edits above act on",
     )
     sub.add_argument("--splice", action="store_true", help="put every SAE's reconstruction in")
-    sub.add_argument("--error", choices=["keep", "drop", "mean"], help="reconstruction error on edited tokens (default: keep)")
+    sub.add_argument(
+        "--error", choices=["keep", "drop", "mean"], help="reconstruction error on edited tokens (default: keep)"
+    )
     sub.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="default: 64")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
