@@ -52,7 +52,7 @@ class RowNoise(BaseWatermarkingConfig):
             key = f"{self.seed} {number // self.returned} {number % self.returned} {token}"
             digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
             row.exponential_(generator=generator.manual_seed(int.from_bytes(digest)))
-        return -noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
+        return noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_().neg_()
 
 
 def with_noise(hf: dict[str, Any], noise: RowNoise, default: Any) -> dict[str, Any]:
