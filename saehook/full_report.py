@@ -134,9 +134,7 @@ class _Watch:
 
 def _named(sae: SAE, blocks: Sequence[Block]) -> list[int]:
     """Latents of an SAE whose z' the edits where it reads decide."""
-    edits = [
-        p.edit for b in blocks if isinstance(b, LatentBlock) and b.sae is sae and b.source is None for p in b.edits
-    ]
+    edits = [p.edit for b in blocks if isinstance(b, LatentBlock) and b.sae is sae for p in b.edits]
     if any(edit.op == "keep_only" for edit in edits):
         return list(range(sae.d_sae))
     return sorted({latent for edit in edits if isinstance(edit, Edit) for latent in edit.latents})
