@@ -261,6 +261,12 @@ def _add_generation(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="default: 64")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    sub.add_argument(
+        "--report",
+        choices=["full"],
+        help="also measure latents before and after, those that moved besides, the KL of the next tokens, and where the\n"
+        "text leaves the unedited one",
+    )
 
 
 # --- what the commands share ------------------------------------------------------------------------------------------
@@ -540,6 +546,7 @@ def generate(arguments: argparse.Namespace) -> None:
             arguments.prompt,
             edits=program,
             seed=arguments.seed,
+            report=arguments.report,
             max_new_tokens=arguments.max_new_tokens,
             **sampling,
         )
@@ -554,8 +561,7 @@ def generate(arguments: argparse.Namespace) -> None:
         "text": result.text,
         "ids": result.ids.tolist(),
         "new_ids": result.new_ids.tolist(),
-        "edits": [{"edit": str(e.edit), "tokens": e.tokens, "dose": e.dose} for e in result.report.edits],
-        "sites": [s._asdict() for s in result.report.sites],
+        **result.report.to_data(),
     }
     _write_json(arguments.json, json.dumps(data, indent=1))
 

@@ -36,6 +36,7 @@ from saehook.errors import ArgumentError, NoEffectWarning
 from saehook.interventions import AnyEdit, Edit, Program
 from saehook.metrics import token_kl
 from saehook.results import Generation, Report
+from saehook.sampling_noise import RandomState
 from saehook.tokenization import Batch
 
 if TYPE_CHECKING:
@@ -249,8 +250,8 @@ def run_rows(hooked: HookedSAEs, prompt: Batch, edits: Sequence[AnyEdit], seed: 
     batch = Batch(prompt.ids.repeat(n_rows, 1), prompt.attention_mask.repeat(n_rows, 1), single=False, roles=roles)
     past = {} if prefix is None else {"past_key_values": _repeated(prefix, n_rows)}
     sampled = hf.get("do_sample", settings.do_sample)
-    with SameNoise() if sampled else contextlib.nullcontext():
-        output, report = hooked._generate(batch, program, seed, hf | past)
+    with SameNoise() if sampled and seed is None else contextlib.nullcontext():
+        output, report = hooked._generate(batch, program, RandomState(seed, hooked.device), hf | past, same_noise=True)
     sequences = output.sequences.cpu()
     reports = [_row_report(report, row, edit) for row, edit in enumerate(edits)]
     _warn_if_nothing(reports)

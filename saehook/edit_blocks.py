@@ -9,6 +9,7 @@ the SAE normalises each token. A transcoder encodes what it reads at another sit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -109,6 +110,9 @@ class Prepared:
     dose: Dose = field(default_factory=Dose)
     residual: Dose | None = None
     """Of `mode='readback'`: |z of x' - z'|, mean over its latents."""
+    note: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    """For a full report: called with the tokens selected [rows, n] and z of the edit's own latents, as the edit sees it and
+    as it leaves it, [rows, n, len(latents)]. The block must read latents then."""
 
 
 class Encoder:
@@ -263,8 +267,14 @@ class LatentBlock(Block):
                 change = torch.where(firing, change, 0.0)
                 selected = selected & firing.any(-1)
             change = torch.where(selected[..., None], change, 0.0)
+            before = current
             if current is not None:
                 current = current.index_add(-1, p.columns, change)
+            if p.note is not None:
+                assert before is not None
+                assert current is not None
+                own = torch.searchsorted(self.latents, torch.tensor(p.edit.latents, device=self.latents.device))
+                p.note(selected, before[..., own], current[..., own])
             touched = selected if touched is None else touched | selected
             if p.edit.mode == "readback":
                 read_back.append((p, selected))

@@ -46,6 +46,8 @@ class EditPlan:
     """By site; sites where nothing happens have none."""
     edits: dict[str, EditAction] = field(default_factory=dict)
     """Those that edit, by site."""
+    attached: Mapping[str, Attached] = field(default_factory=dict)
+    """The SAEs by name."""
 
 
 def plan_edits(
@@ -112,7 +114,7 @@ def plan_edits(
             if name not in used:
                 blocks.setdefault(one.writes, []).insert(0, latent_block(name, []))
                 used.add(name)
-    plan = EditPlan(edits={site: EditAction(each, program) for site, each in blocks.items()})
+    plan = EditPlan(edits={site: EditAction(each, program) for site, each in blocks.items()}, attached=attached)
     chains: dict[str, list[Action]] = {}
     for name, track in tracks.items():
         chains.setdefault(attached[name].reads, []).append(WatchAction(encoders[name], track))

@@ -50,6 +50,8 @@ class EditAction:
             )
         self.edits = [prepared for block in blocks for prepared in block.edits]
         self.dose = Dose()
+        self.note: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        """For a full report: called with x, x' [rows, n, d] and the tokens that were touched [rows, n]."""
         self._too_large: list[tuple[TokenView, Tensor]] = []
 
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
@@ -83,7 +85,10 @@ class EditAction:
             largest = torch.linalg.vector_norm(new.detach(), ord=torch.inf, dim=-1)
             # What was not finite before is no fault of an edit.
             self._too_large.append((view, touched & ~(largest <= torch.finfo(x.dtype).max) & norm.isfinite()))
-        return torch.where(touched[..., None], new.to(x.dtype), x)
+        new = torch.where(touched[..., None], new.to(x.dtype), x)
+        if self.note is not None:
+            self.note(x, new, touched)
+        return new
 
     def overflow(self) -> tuple[int, int, int] | None:
         """(row of the input, token counted among the row's own, its id) of the first x' that its half-precision dtype

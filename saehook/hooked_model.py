@@ -55,7 +55,7 @@ from nnsight.intervention.tracer import InterleavingTracer  # noqa: E402
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 from transformers.utils.generic import ModelOutput  # noqa: E402
 
-from saehook.edit_plan import Attached, Place, plan_edits, run_plan  # noqa: E402
+from saehook.edit_plan import Attached, EditPlan, Place, plan_edits, run_plan  # noqa: E402
 from saehook.editing import Action, ReadAction, StopForward, changed, changes  # noqa: E402
 from saehook.errors import (  # noqa: E402
     ArgumentError,
@@ -513,11 +513,19 @@ class HookedModel(Runs):
         """All named sites with their widths, or those that `pattern` matches. Does not run the model."""
         return named_sites(self.lm) if pattern is None else resolve(self.lm, pattern)
 
-    def _call(self, call: Callable[[], Any], program: Program, positions: Positions) -> tuple[Any, Report]:
+    def _call(
+        self,
+        call: Callable[[], Any],
+        program: Program,
+        positions: Positions,
+        watch: Callable[[EditPlan], None] | None = None,
+    ) -> tuple[Any, Report]:
         if program.splice or any(isinstance(edit, Edit) for edit in program.edits):
             raise SiteError("no SAE is attached, so there is nothing to edit or splice. Call model.attach(sae) first.")
         if program.edits:
             plan = plan_edits(program, {}, _no_sae, self.place)
+            if watch is not None:
+                watch(plan)
             taps = self._readers(tuple(plan.actions), [resolve(self.lm, name)[0] for name in plan.actions])
             return run_plan(taps, call, plan, program, positions, self.lm, self.tokenizer)
         with self._lock:

@@ -120,8 +120,16 @@ class HookedSAEs(Runs):
         source = SourceAction(reads)
         return {reads: source, writes: make(source)}
 
-    def _call(self, call: Callable[[], Any], program: Program, positions: Positions) -> tuple[Any, Report]:
+    def _call(
+        self,
+        call: Callable[[], Any],
+        program: Program,
+        positions: Positions,
+        watch: Callable[[EditPlan], None] | None = None,
+    ) -> tuple[Any, Report]:
         plan = self.plan(program)
+        if watch is not None:
+            watch(plan)
         if not plan.actions and not self._taps.closed:  # nothing to do: what is attached costs nothing
             return self.model._call(call, Program(), positions)
         return run_plan(self._taps_for(plan.actions), call, plan, program, positions, self.lm, self.tokenizer)

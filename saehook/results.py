@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saehook.errors import ArgumentError
 from saehook.interventions import AnyEdit, Edit
+
+
+class LatentChange(NamedTuple):
+    """Activations of one latent before and after, over the tokens that were touched."""
+
+    latent: int
+    before: float
+    """Mean."""
+    after: float
+    """Mean."""
+    before_max: float
+    after_max: float
+    change: float
+    """Mean of |after - before|."""
 
 
 class EditReport(NamedTuple):
@@ -22,6 +38,8 @@ class EditReport(NamedTuple):
     """Mean of ‖Δ‖/‖x‖ over them: how large the change is against the activation."""
     residual: float | None = None
     """With `mode='readback'`: mean of |encode(x') - z'| over them and its latents, how far the write is from what was asked."""
+    latents: tuple[LatentChange, ...] = ()
+    """In a full report, of each latent that the edit names: z as the edit sees it, and z'."""
 
 
 class SiteReport(NamedTuple):
@@ -34,17 +52,56 @@ class SiteReport(NamedTuple):
     """Mean of ‖x' - x‖/‖x‖ over them."""
 
 
+class SideEffects(NamedTuple):
+    """What an attached SAE reads at a site before and after the edits there, encode(x) and encode(x')."""
+
+    sae: str
+    """Its name in `HookedSAEs.saes`."""
+    latents: tuple[LatentChange, ...]
+    """Latents that no edit names and that moved, the largest change first; at most `MOST_MOVED`."""
+
+
+class RowReport(NamedTuple):
+    """What a program changed in one row of the call."""
+
+    ids: tuple[int, ...]
+    """The row's tokens that the model was given: of a generation all but the last new one."""
+    kl: tuple[float, ...]
+    """After each of them KL(p ‖ q) in nats of the next token, p of the unedited model and q with the program."""
+    unedited_ids: tuple[int, ...] | None = None
+    """New tokens of the same row without the program, drawn with the same noise; None where nothing is generated."""
+    unedited_text: str | None = None
+    """Their text, special tokens left out."""
+    first_divergent: int | None = None
+    """Number of the first new token, from 0, that differs from it; None where none does."""
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean of `kl`, nats a token."""
+        return sum(self.kl) / len(self.kl)
+
+
+MOST_MOVED = 10
+
+
 @dataclass(frozen=True)
 class Report:
-    """What a program did in one run."""
+    """What a program did in one run, all its rows together.
+
+    With `report="full"` also the changes of latents, `side_effects` and `rows` (`full_report.py` says how).
+    """
 
     edits: tuple[EditReport, ...] = ()
     sites: tuple[SiteReport, ...] = ()
+    side_effects: tuple[SideEffects, ...] = ()
+    """For each attached SAE that reads an edited site."""
+    rows: tuple[RowReport, ...] = ()
+    """In the order of what the call returns."""
 
     def notes(self) -> list[str]:
         """One sentence for each edit that did nothing."""
         notes = []
-        for number, (edit, tokens, dose, _) in enumerate(self.edits, 1):
+        for number, (edit, tokens, dose, *_) in enumerate(self.edits, 1):
             if tokens == 0:
                 checks = ["where="]
                 if edit.when is not None:
@@ -64,14 +121,47 @@ class Report:
                 )
         return notes
 
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON, with the notes: edits as in a program, numbers unrounded, None for those that are not finite."""
+        return {name: _data(value) for name, value in vars(self).items()} | {"notes": self.notes()}
+
+    def to_json(self) -> str:
+        """`to_data` as JSON."""
+        return json.dumps(self.to_data(), indent=1, allow_nan=False)
+
     def __str__(self) -> str:
-        lines = [
-            f"{e.edit}: {e.tokens} tokens, ‖Δ‖/‖x‖ {e.dose:.3f}"
-            + ("" if e.residual is None else f", read back to within {e.residual:.2g}")
-            for e in self.edits
-        ]
+        lines = []
+        for e in self.edits:
+            residual = "" if e.residual is None else f", read back to within {e.residual:.2g}"
+            lines.append(f"{e.edit}: {e.tokens} tokens, ‖Δ‖/‖x‖ {e.dose:.3f}{residual}")
+            lines += [f"  {_words(latent)}" for latent in e.latents]
         lines += [f"{s.site}: {s.tokens} tokens, ‖x'-x‖/‖x‖ {s.dose:.3f}" for s in self.sites]
+        for s in self.side_effects:
+            lines += [f"moved besides at {s.sae}, {_words(latent)}" for latent in s.latents]
+        for number, row in enumerate(self.rows):
+            line = f"row {number}: KL {row.mean_kl:.3g} nats a token"
+            if row.unedited_ids is not None:
+                same = "the text is the unedited one"
+                line += (
+                    f", {same if row.first_divergent is None else f'other text from new token {row.first_divergent}'}"
+                )
+            lines.append(line)
         return "\n".join(lines) or "nothing was edited"
+
+
+def _words(c: LatentChange) -> str:
+    return f"latent {c.latent}: mean {c.before:.3g} -> {c.after:.3g}, max {c.before_max:.3g} -> {c.after_max:.3g}"
+
+
+def _data(value: Any) -> Any:
+    """What stands in a report as JSON has it."""
+    if isinstance(value, AnyEdit):
+        return value.to_data()
+    if hasattr(value, "_asdict"):
+        return {name: _data(part) for name, part in value._asdict().items()}
+    if isinstance(value, tuple):
+        return [_data(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,24 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from saehook.edit_plan import EditPlan
 from saehook.errors import ArgumentError, ContextLengthError, NoEffectWarning
+from saehook.full_report import beside, check_kind, full_report
 from saehook.interventions import AnyEdit, Program
 from saehook.positions import UNKNOWN_ID, Positions
 from saehook.results import Generation, Report
+from saehook.sampling_noise import RandomState, RowNoise, with_noise
 from saehook.tokenization import Batch, special_ids, to_batch
 
 DEFAULT_NEW_TOKENS = 20
+_OF_ONE_RUN = ("streamer", "stopping_criteria", "max_time")
+"""Arguments of Hugging Face's `generate` that belong to the run that the caller sees."""
 
 
 class Runs:
@@ -29,8 +35,14 @@ class Runs:
     """Its tokenizer."""
     _vocab_size: int
 
-    def _call(self, call: Callable[[], Any], program: Program, positions: Positions) -> tuple[Any, Report]:
-        """`call()` with the program in force, and the report of what it did."""
+    def _call(
+        self,
+        call: Callable[[], Any],
+        program: Program,
+        positions: Positions,
+        watch: Callable[[EditPlan], None] | None = None,
+    ) -> tuple[Any, Report]:
+        """`call()` with the program in force, and the report of what it did; `watch` gets the plan before it runs."""
         raise NotImplementedError
 
     @property
@@ -150,6 +162,16 @@ class Runs:
         _warn_of(report)
         return float(output.loss)
 
+    def report(
+        self, x: Any, edits: Program | AnyEdit | Iterable[AnyEdit] = (), splice: bool = False, error: str | None = None
+    ) -> Report:
+        """What edits do to a text: the full report of a forward pass (`saehook.full_report`). Arguments as for a call."""
+        program = Program.of(edits, splice, error)
+        batch = self._batch(x)
+        report = full_report(self, program, batch, batch.ids, [0] * len(batch.ids))
+        _warn_of(report)
+        return report
+
     def generate(
         self,
         x: Any,
@@ -157,26 +179,33 @@ class Runs:
         splice: bool = False,
         error: str | None = None,
         seed: int | None = None,
+        report: str | None = None,
         **hf: Any,
     ) -> Any:
         """Continue a text: a `Generation`, or a list of them for a batch or `num_return_sequences` > 1.
 
-        Sampled only if `hf` or the model's generation config say so; `seed` leaves the caller's random state alone.
-        `hf` goes to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature`, `num_beams`, `streamer`, ...).
+        Sampled only if `hf` or the model's generation config say so. With `seed` each row is drawn with noise of its own
+        (`saehook.sampling_noise`): row 0 of a batch as alone; the caller's random state is left alone. `hf` goes to the
+        model's `generate` (`max_new_tokens`, `do_sample`, `temperature`, `num_beams`, `streamer`, ...).
+
+        With `report="full"` the text is the same, and its report also says what latents did, the KL of the next tokens, and
+        where the text leaves the unedited one (`saehook.full_report`); it takes a generation without the edits and two forward
+        passes more.
 
         Raises:
             ArgumentError: a seed or a number of new tokens that is no whole number; rows that are padded or packed already;
-                edits of tokens that a given `past_key_values` holds, which begins the prompt.
+                edits of tokens that a given `past_key_values` holds, which begins the prompt; an unknown report, or a full one
+                of a run that begins with a KV cache.
             ContextLengthError: prompt and new tokens together are more than the model takes.
         """
-        result = self.generate_quietly(x, Program.of(edits, splice, error), seed, **hf)
+        result = self.generate_quietly(x, Program.of(edits, splice, error), seed, report, **hf)
         _warn_of((result if isinstance(result, Generation) else result[0]).report)
         return result
 
     @staticmethod
     def _check_trace(arguments: dict[str, Any]) -> None:
         """Raises ArgumentError for what a trace cannot do and Hugging Face models take without a word."""
-        if ours := sorted({"edits", "splice", "error"} & arguments.keys()):
+        if ours := sorted({"edits", "splice", "error", "report"} & arguments.keys()):
             raise ArgumentError(
                 f"a trace takes no {', '.join(ours)}: its block writes into latents and error itself. Give it to a call: "
                 "hooked(text, edits=...), hooked.generate(text, edits=...)."
@@ -192,20 +221,36 @@ class Runs:
             hf["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         return hf
 
-    def generate_quietly(self, x: Any, program: Program, seed: int | None, **hf: Any) -> Any:
+    def generate_quietly(self, x: Any, program: Program, seed: int | None, report: str | None = None, **hf: Any) -> Any:
         """`generate` without warnings: what edits did not do stands in the report only."""
+        check_kind(report)
+        if report is not None and hf.get("past_key_values") is not None:
+            raise ArgumentError(
+                "report='full' gives the text to the model again from its start, and this run begins with past_key_values. "
+                "Leave one of them out."
+            )
         batch = self._batch(x)
         self._check_unpadded(x, hf)
         self._check_cache(batch, program, hf)
-        output, report = self._generate(batch, program, seed, hf)
-        sequences = (output if isinstance(output, Tensor) else output.sequences).cpu()
-        rows = self._generations(batch, sequences, hf, [report] * len(sequences))
+        random = RandomState(seed, self.device)
+        output, found = self._generate(batch, program, random, hf)
+        sequences = _sequences(output)
+        rows = self._generations(batch, sequences, hf, [found] * len(sequences))
+        if report is not None:
+            given = [max(0, len(row.new_ids) - 1) for row in rows]  # the last new token went into no pass
+            found = full_report(self, program, batch, sequences[:, :-1], given, found)
+            free = {name: value for name, value in hf.items() if name not in _OF_ONE_RUN}
+            output, unedited = self._generate(batch, Program(), random, free)
+            sequences = _sequences(output)
+            found = beside(found, rows, self._generations(batch, sequences, hf, [unedited] * len(sequences)))
+            rows = [replace(row, report=found) for row in rows]
         return rows[0] if batch.single and len(rows) == 1 else rows
 
-    def _generate(self, batch: Batch, program: Program, seed: int | None, hf: dict[str, Any]) -> tuple[Any, Report]:
-        """What the model's `generate` gives for the rows of a batch, and the report; fills in what `hf` leaves open."""
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise ArgumentError(f"seed={seed!r}; a whole number is expected, or None for the caller's random state.")
+    def _generate(
+        self, batch: Batch, program: Program, random: RandomState, hf: dict[str, Any], *, same_noise: bool = False
+    ) -> tuple[Any, Report]:
+        """What the model's `generate` gives for a batch, and the report; fills in what `hf` leaves open. `same_noise`: all
+        rows of a seeded run draw as the first one."""
         hf.update(self._generation_settings(hf))
         settings = hf.get("generation_config") or self.lm.generation_config
         length = batch.ids.shape[1]
@@ -227,14 +272,14 @@ class Runs:
         beams = hf.get("num_beams") or settings.num_beams or 1
         returned = hf.get("num_return_sequences") or settings.num_return_sequences or 1
         ids, mask = batch.ids.to(self.device), batch.attention_mask.to(self.device)
-
-        devices = [self.device] if self.device.type == "cuda" else []
+        arguments = hf
+        if random.seed is not None and beams == 1:
+            noise = RowNoise(random.seed, length, returned, same_noise)
+            arguments = with_noise(hf, noise, self.lm.generation_config)
 
         def call() -> Any:  # runs under the model's lock, so no other run draws from this random state
-            with torch.random.fork_rng(devices=devices, enabled=seed is not None):
-                if seed is not None:
-                    torch.manual_seed(seed)
-                return self.lm.generate(input_ids=ids, attention_mask=mask, **hf)
+            with random.open():
+                return self.lm.generate(input_ids=ids, attention_mask=mask, **arguments)
 
         positions = self._positions(batch, program, beams if beams > 1 else returned, reorders=beams > 1)
         with torch.no_grad():
@@ -323,6 +368,11 @@ def _check_unpacked(batch: Batch, position_ids: Tensor | None) -> None:
             "position_ids begin again within a row: several texts packed into one. Edits count and remember tokens by row, so "
             "give each text as a row of its own."
         )
+
+
+def _sequences(output: Any) -> Tensor:
+    """The rows of ids that `generate` gave, on the CPU."""
+    return (output if isinstance(output, Tensor) else output.sequences).cpu()
 
 
 def _warn_of(report: Report) -> None:

@@ -376,10 +376,7 @@ def test_client_generates(client):
     expected = tiny().generate(PROMPT, edits=edits, max_new_tokens=30, do_sample=True, temperature=0.9, seed=4)
     assert final["text"] == expected.text
     assert final["tokens"] == 30
-    assert final["report"]["sites"][0]["dose"] == expected.report.sites[0].dose
-    assert final["report"]["edits"] == [
-        {"edit": str(edits.edits[0]), "tokens": expected.report.edits[0].tokens, "dose": expected.report.edits[0].dose}
-    ]
+    assert final["report"] == expected.report.to_data()
     outputs = job.outputs()
     assert len(outputs) > 1, "the text should be streamed"
     assert not any(output["done"] for output in outputs[:-1])

@@ -78,10 +78,16 @@ def test_generate_equals_python_and_takes_a_program(own, tmp_path, capsys):
     more = ["--at-least", "5=2max", "--at-most", "7=0.1", "--to-mean", "9", "--json", str(tmp_path / "m.json")]
     assert main([*base.split(), "the cat", *more]) == 0
     assert [row["edit"] for row in json.loads((tmp_path / "m.json").read_text())["edits"]] == [
-        "min 5 2 max (every token)",
-        "max 7 0.1 (every token)",
-        "mean 9 (every token)",
+        {"op": "min", "latents": [5], "value": 2.0, "unit": "max"},
+        {"op": "max", "latents": [7], "value": 0.1, "unit": "raw"},
+        {"op": "mean", "latents": [9]},
     ]
+    capsys.readouterr()
+    assert main([*base.split(), *options, "--report", "full"]) == 0
+    full = json.loads((tmp_path / "o.json").read_text())
+    assert full["new_ids"] == alone.new_ids.tolist()
+    assert full["rows"][0]["first_divergent"] is not None
+    assert "nats a token, other text from new token" in capsys.readouterr().err
 
 
 def test_an_edit_without_effect_is_noted(own, capsys):

@@ -15,7 +15,7 @@ from saehook.app.sampling import sampling_of
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 from saehook.interventions import Program
-from saehook.results import LatentHit, Report
+from saehook.results import LatentHit
 
 MAX_PROGRAM_CHARS = 20_000
 
@@ -60,7 +60,7 @@ def generate_endpoint(hooked: HookedSAEs, limits: Limits) -> Callable[..., Itera
             check_program(hooked, parsed, len(ids), limits)
             with contextlib.closing(stream_program(hooked, ids, parsed, sampling, limits)) as parts:
                 for part in parts:
-                    report = None if part.generation is None else _report(part.generation.report)
+                    report = None if part.generation is None else part.generation.report.to_data()
                     yield {"text": part.text, "tokens": len(part.new_ids), "done": report is not None, "report": report}
 
     return generate_text
@@ -68,11 +68,3 @@ def generate_endpoint(hooked: HookedSAEs, limits: Limits) -> Callable[..., Itera
 
 def _hit(hit: LatentHit) -> dict[str, Any]:
     return {"latent": hit.latent, "activation": hit.activation, "position": hit.position}
-
-
-def _report(report: Report) -> dict[str, Any]:
-    return {
-        "edits": [{"edit": str(edit.edit), "tokens": edit.tokens, "dose": edit.dose} for edit in report.edits],
-        "sites": [site._asdict() for site in report.sites],
-        "notes": report.notes(),
-    }
