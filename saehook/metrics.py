@@ -19,18 +19,6 @@ ROWS_AT_ONCE = 2**14
 """Latents whose bins are worked on together, so that temporary memory does not grow with d_sae."""
 _NO_BIN = -(2**15)
 """Below the bin of every float."""
-CHUNK_LOGITS = 2**20
-"""Logits that `token_kl` holds in float64 at a time."""
-
-
-def token_kl(clean: Tensor, edited: Tensor) -> Tensor:
-    """KL(clean ‖ edited) in nats of each token, [n] float64, from logits [n, vocabulary]; no copy of either is ever whole."""
-    step = max(1, CHUNK_LOGITS // clean.shape[-1])
-    parts = [clean.new_empty(0, dtype=torch.float64)]
-    for p, q in zip(clean.split(step), edited.split(step), strict=True):
-        log_p = p.double().log_softmax(-1)
-        parts.append((log_p.exp() * (log_p - q.to(p.device).double().log_softmax(-1))).sum(-1))
-    return torch.cat(parts)
 
 
 def token_kl(clean: Tensor, edited: Tensor) -> Tensor:
