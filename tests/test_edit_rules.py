@@ -36,7 +36,7 @@ from saehook.errors import (
 )
 from saehook.hooked_model import HookedModel
 from saehook.interventions import (
-    Edit,
+    AnyEdit,
     Program,
     ablate,
     add_vector,
@@ -131,7 +131,7 @@ def equal_runs(hooked: Any, program: Any, *ways: dict[str, Any], ids: Any = IDS,
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4, msg=str(way))
 
 
-def with_field(edit: Edit, name: str, value: Any) -> str:
+def with_field(edit: AnyEdit, name: str, value: Any) -> str:
     """A program of one edit as JSON, with a field of the edit replaced."""
     data = json.loads(Program(edits=[edit]).to_json())
     data["edits"][0][name] = value
@@ -596,7 +596,7 @@ def test_rule_18_what_gradient_checkpointing_computes_again_is_edited_the_same_o
     edits = [scale(range(48), 0.5), steer(9, 0.5)]
     lm.train()
 
-    def gradients() -> list[Tensor]:
+    def gradients() -> tuple[Tensor, ...]:
         return torch.autograd.grad(hooked(IDS, edits).logits.square().mean(), list(lm.parameters()))
 
     expected = gradients()
@@ -860,6 +860,9 @@ def test_rule_25_a_run_inside_a_run_is_refused_and_the_outer_one_goes_on(models_
 class Int8Linear(nn.Module):
     """A linear map whose weights are whole numbers from -127 to 127, with a factor for each output."""
 
+    weight: Tensor
+    factor: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         factor = linear.weight.detach().abs().amax(1, keepdim=True) / 127
@@ -921,7 +924,7 @@ def test_rule_27_latents_of_a_row_do_not_depend_on_other_rows(models_by_name, ac
 def test_rule_27_a_batchtopk_without_a_threshold_is_refused(models_by_name):
     model, _ = models_by_name("llama")
     sae = tiny_sae(site=SITE, activation=BatchTopK(k=6))
-    sae.threshold = None
+    sae.register_parameter("threshold", None)
     hooked = model.attach(sae)
     for program in (Program(splice=True), ablate(3), steer(3, 1.0, when=latent(4) > 0)):
         with pytest.raises(MissingStatError, match="threshold"):
