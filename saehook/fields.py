@@ -73,7 +73,7 @@ def from_json(text: str, what: str) -> Any:
         data = json.loads(text, object_pairs_hook=JSONObject)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"the {what} is not JSON: {error}.") from None
-    rest = [(data, what, 0)]
+    rest = [(data, what, 0)] if isinstance(data, (dict, list)) else []
     while rest:
         value, path, depth = rest.pop()
         if depth > MAX_NESTING:
@@ -81,7 +81,11 @@ def from_json(text: str, what: str) -> Any:
         if depth > 3:  # as far as a path helps a reader
             names = [""] * len(value)
         else:
-            names = [f".{key}" for key in value] if isinstance(value, dict) else [f"[{i}]" for i in range(len(value))]
+            names = (
+                [f".{short(key, quote=False)}" for key in value]
+                if isinstance(value, dict)
+                else [f"[{i}]" for i in range(len(value))]
+            )
         inner = value.values() if isinstance(value, dict) else value
         rest += [
             (each, path + name, depth + 1)

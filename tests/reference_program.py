@@ -1,6 +1,6 @@
 """What a program means, token by token: plain torch hooks, no cache, rows padded behind their end. Slow, and 80 lines.
 
-It knows saehook's data classes, and an SAE's encode and decode, which have tests of their own; nothing of what runs edits.
+It knows saehook's data classes, a schedule's factors, and an SAE's encode and decode; nothing of what runs edits.
 """
 
 import operator
@@ -19,7 +19,6 @@ from saehook.sae import QUANTILE_LEVELS
 from saehook.where import EVERYWHERE
 
 
-@torch.no_grad()
 def run(lm, saes, program, rows, prompts, tokenizer):
     """Logits of `rows` of ids, each with its first `prompts` ids as input, and the tokens touched: (site, row, token)."""
     zs, touched, tokens = {}, set(), [(row, i) for row, ids in enumerate(rows) for i in range(len(ids))]
@@ -30,8 +29,7 @@ def run(lm, saes, program, rows, prompts, tokenizer):
         return included and not (rule and (i < rule.skip_first_tokens or norm > (rule.max_norm or np.inf)))
 
     def holds(when, row, i):
-        back = range(max(0, i - getattr(when, "tokens", 0)), i + 1)
-        if parts := [holds(part, row, j) for part in when.parts for j in back]:
+        if parts := [holds(p, row, i - k) for p in when.parts for k in range(getattr(when, "tokens", 0) + 1) if k <= i]:
             return not parts[0] if isinstance(when, Not) else (all if isinstance(when, And) else any)(parts)
         left, z = when.left, [zs[when.left.site, row, j][when.left.latent] for j in range(len(rows[row]))]
         fade = {"so_far_max": 1.0, "decay": left.decay}.get(left.over, 0.0)  # for "here", as 0 ** 0 is 1
@@ -47,17 +45,14 @@ def run(lm, saes, program, rows, prompts, tokenizer):
         fits &= not where.pattern or any(max(begin, m.start()) < min(end, m.end()) for m in found)
         phase = (where.prompt if i < prompts[row] else where.generation) and counts(row, i, name, norm, where)
         fits &= i in [token % prompts[row] for token in where.tokens] if where.tokens else phase
-        line, rate, steps = (getattr(edit.schedule, field, None) for field in ("line", "rate", "factors"))
-        (a, b, n), steps, t = line or (1.0, 1.0, 1), steps or [1.0], max(0, i - prompts[row])
-        part = (a + (b - a) * min(t / n, 1)) * (1.0 if rate is None else rate) ** t * steps[min(t, len(steps) - 1)]
+        part = 1.0 if edit.schedule is None else edit.schedule.at(i - prompts[row])
         return part if fits and (edit.when is None or holds(edit.when, row, i)) else None
 
     def vector(_, edits, x, spliced):
-        ((edit, part),) = edits
-        v, size = torch.tensor(edit.vector), (edit.value or 0.0) * (x.norm() if edit.unit == "norm" else 1.0)
-        unit, along = v / v.norm(), x @ v / v.norm()
-        ops = {"add": size * (v if edit.unit == "raw" else unit), "project_out": -along * unit}
-        return part * ops.get(edit.op, -(along - size).clamp_min(0) * unit)
+        edit, part, v = *edits[0], torch.tensor(edits[0][0].vector)
+        size, unit = (edit.value or 0.0) * (x.norm() if edit.unit == "norm" else 1.0), v / v.norm()
+        ops = {"add": size * (v if edit.unit == "raw" else unit), "project_out": -(x @ unit) * unit}
+        return part * ops.get(edit.op, -(x @ unit - size).clamp_min(0) * unit)
 
     def latent(edit, name, j, z, norm):
         stats, c, (row, t) = saes[name].stats, edit.value or 0.0, edit.source or (0, 0)
@@ -112,5 +107,4 @@ def run(lm, saes, program, rows, prompts, tokenizer):
             here = [edit for edit in program.edits if edit.site.partition("#")[0] == site]
             at = [name for name in saes if name.partition("#")[0] == site]
             stack.enter_context(written(lm, site, partial(write, site=site, edits=here, at=at)))
-        padded = pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True)
-        return lm(input_ids=padded, use_cache=False).logits, touched
+        return lm(input_ids=pad_sequence([*map(torch.tensor, rows)], batch_first=True), use_cache=False).logits, touched

@@ -265,8 +265,8 @@ class Check:
 
     def reference(self, program: Program, prompts: list[list[int]], rows: list[list[int]]) -> Any:
         """Logits by row, and the tokens touched."""
-        lengths = [len(ids) for ids in prompts]
-        return run(self.lm, self.hooked.saes, program, rows, lengths, self.tokenizer)
+        with torch.no_grad():
+            return run(self.lm, self.hooked.saes, program, rows, list(map(len, prompts)), self.tokenizer)
 
     def expected(self, program: Program, prompts: list[list[int]], row: int, ids: tuple[int, ...]) -> torch.Tensor:
         """Log-probabilities of what follows `ids` in that row."""
@@ -471,6 +471,16 @@ def test_a_condition_may_be_held_for_ever():
     for tokens in (50, 10**12):
         fired = moved(steer(3, 2.0, site=first, when=(latent(4, first) >= 0.0).hold(tokens)), ids)
         assert fired == [False, False, *[True] * 8]
+
+
+def test_the_factors_of_schedules():
+    for schedule, factors in (
+        (Schedule.linear(1, 0, 4), [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
+        (Schedule.exponential(0.5), [1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125]),
+        (Schedule.steps(1, 2, 0.5), [1.0, 2.0, 0.5, 0.5, 0.5, 0.5]),
+    ):
+        assert [schedule.at(t) for t in range(6)] == factors
+        assert schedule.at(-3) == factors[0], "as the first generated token"
 
 
 def test_an_empty_match_selects_nothing():
