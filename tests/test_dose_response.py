@@ -20,6 +20,7 @@ from saehook.dose_response import DoseRow, repetition, run_rows
 from saehook.errors import ArgumentError, LatentError, NoEffectWarning, SiteError
 from saehook.hooked_model import HookedModel
 from saehook.interventions import Edit, Program, VectorEdit
+from saehook.sampling_noise import RandomState
 from saehook.schedules import Schedule
 from saehook.where import EVERYWHERE, Where, generation, matching, prompt, span, token_ids, tokens
 
@@ -100,7 +101,7 @@ def test_logits_are_those_of_single_runs(models_by_name, name):
     rows = run_rows(hooked, hooked._batch(ids), edits, None, dict(options))
     for row, edit in enumerate([*edits, None]):
         program = Program(edits=[edit] if edit else [])
-        alone, _ = hooked._generate(hooked._batch(ids), program, None, dict(options))
+        alone, _ = hooked._generate(hooked._batch(ids), program, RandomState(None, hooked.device), dict(options))
         ours, theirs = (torch.stack(steps)[:, i] for steps, i in ((rows.logits, row), (alone.logits, 0)))
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
