@@ -56,11 +56,22 @@ def test_every_public_name_works_after_every_module_was_imported():
         saehook.set_(1, 2.0),
         saehook.scale(1, 0.5),
         saehook.ablate([1]),
+        saehook.at_least(1, 2.0),
+        saehook.at_most(1, 2.0),
+        saehook.to_mean(1),
+        saehook.resample(1, (0, 3)),
+        saehook.swap(1, 2),
+        saehook.keep_only([1]),
     ]
     assert all(isinstance(edit, saehook.Edit) for edit in edits)
     assert edits[1] == edits[2]
-    wheres = [saehook.prompt(), saehook.generation(), saehook.tokens(0, -1)]
-    assert len({str(where) for where in wheres}) == 3
+    vectors = [saehook.add_vector([1.0]), saehook.project_out([1.0]), saehook.cap_along([1.0], 2.0)]
+    assert all(isinstance(edit, saehook.VectorEdit) for edit in vectors)
+    wheres = [saehook.prompt(), saehook.generation(), saehook.tokens(0, -1), saehook.span(0, 3), saehook.token_ids(4)]
+    wheres += [saehook.matching("a"), saehook.roles("user"), saehook.Where(bos=True)]
+    assert len({str(where) for where in wheres}) == len(wheres)
+    assert str(saehook.latent(3) > 1.0) == "latent 3 > 1"
+    assert saehook.Schedule.linear(1, 0, 10).at(5) == 0.5
     assert saehook.Program(edits=edits).edits == tuple(edits)
     assert saehook.bundled("lm").is_dir()
     assert issubclass(saehook.SaehookError, Exception)
