@@ -45,7 +45,7 @@ def parse(text: str) -> HubPlace:
         ArgumentError: another form.
     """
     repo, *options = text.removeprefix(PREFIX).split(",")
-    found = dict(option.partition("=")[::2] for option in options)
+    found = {name: value for name, _, value in (option.partition("=") for option in options)}
     if repo.count("/") != 1 or not all(repo.split("/")) or set(found) - {"revision"} or "" in found.values():
         raise ArgumentError(f"{text!r} is no name on the hub; {PREFIX}owner/name[,revision=..] is expected.")
     return HubPlace(repo, found.get("revision"))

@@ -516,7 +516,7 @@ def resample(
     **more: Any,
 ) -> Edit:
     """Set the latents to what they are at another token of the input, `source` = (row, token; negative from its end), as
-    x reaches the SAE there. `more` as for `steer`."""
+    x reaches the SAE there; 0 if that token is outside the mask. `more` as for `steer`."""
     return _edit("resample", latents, where, source=source, site=site, **more)
 
 

@@ -274,15 +274,17 @@ def test_norms_of_nothing():
     x[0, 2] = -1.5 * sae.W_dec[3].detach()
     x.requires_grad_()
     for norm in ("preserve", {"cap": 0.5}):
-        program = Program(edits=[steer(3, 1.5)], norm=norm)
-        action = EditAction([LatentBlock(sae, [(0, program.edits[0])], program)], program)
+        edit = steer(3, 1.5)
+        program = Program(edits=[edit], norm=norm)
+        action = EditAction([LatentBlock(sae, [(0, edit)], program)], program)
         new = action(x, Positions(ids, None, SPECIAL).view(0, ids))
         assert torch.equal(new[0, 1], x[0, 1]), "a token of norm 0 stays"
         assert new.isfinite().all()
         assert torch.autograd.grad(new.sum(), x)[0].isfinite().all()
-    program = Program(edits=[steer(3, 0.0)], norm="preserve")
+    edit = steer(3, 0.0)
+    program = Program(edits=[edit], norm="preserve")
     for same in (x, x * 1e30):  # the norm of the second is beyond float32
-        action = EditAction([LatentBlock(sae, [(0, program.edits[0])], program)], program)
+        action = EditAction([LatentBlock(sae, [(0, edit)], program)], program)
         new = action(same, Positions(ids, None, SPECIAL).view(0, ids))
         assert torch.equal(new, same), "what no edit changes keeps its bits"
 

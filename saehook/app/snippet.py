@@ -14,15 +14,16 @@ CALLS = {"add": "steer", "set": "clamp", "scale": "scale", "ablate": "ablate"}
 
 def snippet(hooked: HookedSAEs, prompt: str, program: Program, sampling: Sampling, sae_paths: Mapping[str, str]) -> str:
     """A script that loads the model and the SAEs and writes the edited lane once more."""
-    calls = sorted({CALLS[edit.op] for edit in program.edits})
+    edits = [edit for edit in program.edits if isinstance(edit, Edit)]  # the page's rows make no others
+    calls = sorted({CALLS[edit.op] for edit in edits})
     lines = ["import saehook", *([f"from saehook import {', '.join(calls)}"] if calls else []), ""]
     lines.append(f"model = saehook.HookedModel.from_pretrained({hooked.model.model_id!r})")
     lines.append("hooked = model.attach({")
     for site in hooked.sites:
         lines.append(f"    {site!r}: saehook.load_sae({sae_paths.get(site, 'path/to/sae')!r}),")
     lines += ["})", "generation = hooked.generate(", f"    {prompt!r},"]
-    if program.edits:
-        lines += ["    edits=[", *(f"        {edit_code(edit)}," for edit in program.edits), "    ],"]
+    if edits:
+        lines += ["    edits=[", *(f"        {edit_code(edit)}," for edit in edits), "    ],"]
     if program.error is not None:
         lines.append(f"    error={program.error!r},")
     lines += [f"    {name}={value!r}," for name, value in sampling.arguments().items()]
