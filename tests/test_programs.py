@@ -517,7 +517,7 @@ def together(threads: int, times: int) -> None:
         [ablate(range(40), site=first), clamp(5, 2.0, site=second, where=generation())],
         [scale((1, 2, 3), 3.0, site=second, when=latent(4, first, "so_far_max") > 0.1)],
         [keep_only(range(10), site=first, where=matching("[a-m]"))],
-        [add_vector(range(1, WIDTH + 1), 0.5, unit="norm", site=first, schedule=Schedule.exponential(0.5))],
+        [add_vector([1.0] * WIDTH, 0.5, unit="norm", site=first, schedule=Schedule.exponential(0.5))],
         [resample(range(20), (0, 1), site=second), swap(7, 8, site=first)],
         [at_least(9, 1.0, unit="max", site=first, mode="readback")],
         [],
