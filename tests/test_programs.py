@@ -132,7 +132,7 @@ def latent_edits(draw: st.DrawFn, names: list[str], linear: list[str]) -> Edit:
     op, name = draw(st.sampled_from(OPS)), draw(st.sampled_from(names))
     unit = "raw" if op in NO_UNIT else draw(st.sampled_from(["raw", "max", "norm", "quantile"]))
     ranges = {"raw": (-1, 3), "max": (-0.5, 1.5), "norm": (-0.25, 0.5), "quantile": (0, 1)}
-    more = draw(place(names, name)) | ({"schedule": None} if op == "keep_only" else {})
+    more: dict[str, Any] = draw(place(names, name)) | ({"schedule": None} if op == "keep_only" else {})
     return Edit(
         op=op,
         latents=draw(lists_of(st.integers(0, LATENTS - 1), 1 + (op == "swap"), 2 if op == "swap" else 3)),
@@ -424,7 +424,11 @@ def in_ways(name: str, examples: int, ways: list[str]) -> None:
 
     @seed(ARCHITECTURES.index(name))
     @settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
     )
     @given(programs())
     def each_means_what_the_reference_says(drawn: tuple[bool, Program]) -> None:
@@ -487,8 +491,8 @@ def test_an_empty_match_selects_nothing():
     ids, first = [0, 5, 40, 5], WHOLE[0]
     hooked = world("llama", False)[0]
     assert byte_tokenizer().decode(ids) == "<bos>#F#"
+    rule, hooked.saes[first].mask_rule = hooked.saes[first].mask_rule, MaskRule()
     try:
-        rule, hooked.saes[first].mask_rule = hooked.saes[first].mask_rule, MaskRule()
         assert moved(steer(3, 2.0, site=first, where=Where(pattern="(?=b)|F*", special=True)), ids) == [
             *(False, False, True, False)
         ]
