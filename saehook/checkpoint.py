@@ -6,8 +6,8 @@ and for a skip transcoder `W_skip` [d_out, d_in]. A BatchTopK is written as the 
 `metadata.saehook` remembers what it was.
 
 Beside them lies `stats.safetensors` with what `LatentStats` says, in float32: `max_act`, `density`, `mean_act` [d_sae], and
-in files of later versions `quantiles` [d_sae, levels] and `mean_error` [d_out]. Its header has `tokens`, and the
-`quantile_levels` as a JSON list.
+in files of later versions `quantiles` [d_sae, levels] at `quantile_levels` [levels] and `mean_error` [d_out]. Its header has
+`tokens`, and nothing else: safetensors writes several entries in an order of its own, and files are to be the same bytes.
 
 Files are never unpickled. Names, shapes and dtypes are checked against `cfg.json` before a tensor is read.
 """
@@ -117,11 +117,10 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
     if sae.stats is not None:
         facts = {name: getattr(sae.stats, name) for name in (*_STATS, *_LATER_STATS)}
         stats = {name: x.detach().float().cpu().contiguous() for name, x in facts.items() if x is not None}
-        header = {"tokens": str(sae.stats.tokens)}
         if "quantiles" in stats:
-            header["quantile_levels"] = json.dumps(QUANTILE_LEVELS)
+            stats["quantile_levels"] = torch.tensor(QUANTILE_LEVELS)
         with atomically(path / STATS) as partial:
-            save_file(stats, partial, metadata=header)
+            save_file(stats, partial, metadata={"tokens": str(sae.stats.tokens)})
     else:
         (path / STATS).unlink(missing_ok=True)
     atomic_write(path / CONFIG, text)
@@ -331,18 +330,19 @@ def _read_tensors(
 
 
 def _read_stats(path: Path, d_sae: int, d_out: int) -> LatentStats:
-    later = {"quantiles": (d_sae, len(QUANTILE_LEVELS)), "mean_error": (d_out,)}
+    n = len(QUANTILE_LEVELS)
+    later = {"quantiles": (d_sae, n), "quantile_levels": (n,), "mean_error": (d_out,)}
     tensors = _read_tensors(path, dict.fromkeys(_STATS, (d_sae,)), later)
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
     tokens = header.get("tokens", "")
     if not tokens.isdecimal() or not math.isfinite(float(tokens)):
         raise FormatError(f"{path}: its header says no number of tokens. Write it again with `saehook stats`.")
+    levels = tensors.pop("quantile_levels", torch.empty(0)).float()
     if (quantiles := tensors.get("quantiles")) is not None:
-        levels = json.dumps(QUANTILE_LEVELS)
-        if header.get("quantile_levels") != levels:
+        if not torch.equal(levels, torch.tensor(QUANTILE_LEVELS)):
             raise FormatError(
-                f"{path}: its quantiles are at the levels {header.get('quantile_levels')}; this version reads {levels}. "
+                f"{path}: its quantiles are at the levels {levels.tolist()}; this version reads {list(QUANTILE_LEVELS)}. "
                 "Write it again with `saehook stats`."
             )
         if (F.pad(torch.cat([quantiles, tensors["max_act"][:, None]], 1), (1, 0)).diff(dim=1) < 0).any():

@@ -146,7 +146,8 @@ def test_statistics_of_an_older_file(tmp_path):
     for kept in ((), ("quantiles",), ("mean_error",)):
         sae.stats.quantiles, sae.stats.mean_error = [x if name in kept else None for name, x in later.items()]
         path = save_sae(sae, tmp_path)
-        assert set(load_file(path / STATS)) == {"max_act", "density", "mean_act", *kept}
+        levels = ["quantile_levels"] if "quantiles" in kept else []
+        assert set(load_file(path / STATS)) == {"max_act", "density", "mean_act", *kept, *levels}
         stats = load_sae(path).stats
         assert stats is not None
         assert torch.equal(stats.max_act, sae.stats.max_act)
@@ -514,7 +515,7 @@ def test_unknown_tensors_are_refused(tmp_path):
 def test_damaged_statistics(tmp_path):
     path = written(tmp_path)
     stats = load_file(path / STATS)
-    header = {"tokens": "3", "quantile_levels": json.dumps(QUANTILE_LEVELS)}
+    header = {"tokens": "3"}
     for metadata in (None, {"tokens": "many"}, {"tokens": "-3"}, {"tokens": ""}, {"tokens": "9" * 500}):
         save_file(stats, path / STATS, metadata=metadata)
         with pytest.raises(FormatError, match="number of tokens"):
@@ -538,8 +539,9 @@ def test_damaged_statistics(tmp_path):
         save_file({**stats, name: damage(stats[name]).contiguous()}, path / STATS, metadata=header)
         with pytest.raises(FormatError, match=match):
             load_sae(path)
-    for levels in (None, "[0.1, 0.2]"):
-        save_file(stats, path / STATS, metadata={"tokens": "3"} | ({"quantile_levels": levels} if levels else {}))
+    others = {name: tensor for name, tensor in stats.items() if name != "quantile_levels"}
+    for damaged in (others, {**others, "quantile_levels": torch.tensor(QUANTILE_LEVELS) / 2}):
+        save_file(damaged, path / STATS, metadata=header)
         with pytest.raises(FormatError, match="levels"):
             load_sae(path)
     save_file(stats, path / STATS, metadata=header)
@@ -576,3 +578,10 @@ def test_a_meta_sae_costs_nothing():
     sae = SAE(SAEConfig(d_in=10**6, d_sae=10**6, activation=JumpReLU()), device="meta")
     assert sae.W_enc.is_meta
     assert sae.W_enc.shape == (10**6, 10**6)
+
+
+def test_the_same_sae_gives_the_same_bytes(tmp_path):
+    sae = tiny_sae(site=SITE)
+    files = [save_sae(sae, tmp_path / str(i)) for i in range(8)]
+    for name in (CONFIG, WEIGHTS, STATS):
+        assert len({(file / name).read_bytes() for file in files}) == 1, name
