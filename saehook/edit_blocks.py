@@ -130,6 +130,15 @@ class Encoder:
         return self._known[2]
 
 
+def _check_amount(edit: AnyEdit) -> None:
+    """Raises ArgumentError for a strength that is a KL."""
+    if edit.unit == "kl":
+        raise ArgumentError(
+            f"the strength of {edit} is a KL, and which amount gives it depends on a text. Turn it into one first: "
+            "edits = hooked.calibrate(edits, text)."
+        )
+
+
 class Block:
     """Edits of one site that see the same x."""
 
@@ -209,11 +218,7 @@ class LatentBlock(Block):
         self.mean_error = sae.mean_error().to(sae.device) if program.error == "mean" else None
 
     def _value(self, edit: Edit, columns: Tensor) -> Tensor:
-        if edit.unit == "kl":
-            raise ArgumentError(
-                f"the strength of {edit} is a KL, and which amount gives it depends on a text. Turn it into one first: "
-                "edits = hooked.calibrate(edits, text)."
-            )
+        _check_amount(edit)
         if edit.op == "mean":
             return self.sae.mean_act(edit.latents).to(self.sae.device)
         if edit.unit == "quantile":
@@ -369,8 +374,8 @@ class LatentBlock(Block):
         latents = self.latents[columns]
         encoder, rows = sae.W_enc[:, latents].float(), self.rows[columns]
         before = seen.x32 if delta is None else seen.x32 + delta
-        pre = sae.pre_acts(before)[..., latents].float()
-        acts = sae.activate(sae.pre_acts(before))[..., latents].float()
+        pre_acts = sae.pre_acts(before)
+        pre, acts = (values[..., latents].float() for values in (pre_acts, sae.activate(pre_acts)))
         goal = torch.where(target != 0, target, pre.clamp_max(0.0))
         goal = torch.where(acts == target, pre, goal)
         amount = solve(rows @ encoder, torch.where(wanted, goal - pre, 0.0), wanted)
@@ -405,11 +410,7 @@ class VectorBlock(Block):
         """
         if len(edit.vector) != width:
             raise ShapeError(f"the vector of {edit} has {len(edit.vector)} numbers, the site a width of {width}.")
-        if edit.unit == "kl":
-            raise ArgumentError(
-                f"the strength of {edit} is a KL, and which amount gives it depends on a text. Turn it into one first: "
-                "edits = hooked.calibrate(edits, text)."
-            )
+        _check_amount(edit)
         self.program, self.conditions = program, conditions or Conditions({})
         self.edit = edit
         vector = torch.tensor(edit.vector, dtype=torch.float64)
