@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from saehook.errors import ArgumentError, FormatError, LatentError
 from saehook.fields import check_fields, integers, number
@@ -179,9 +179,10 @@ class Comparison(Condition):
 
 
 @dataclass(frozen=True)
-class And(Condition):
-    """All of some conditions."""
+class _Several(Condition):
+    """Conditions joined by the word of the class."""
 
+    word: ClassVar[str]
     of: tuple[Condition, ...]
 
     def __post_init__(self) -> None:
@@ -192,30 +193,24 @@ class And(Condition):
         return self.of
 
     def __str__(self) -> str:
-        return "(" + " and ".join(map(str, self.of)) + ")"
+        return "(" + f" {self.word} ".join(map(str, self.of)) + ")"
 
     def to_data(self) -> dict[str, Any]:
-        return {"and": [part.to_data() for part in self.of]}
+        return {self.word: [part.to_data() for part in self.of]}
 
 
 @dataclass(frozen=True)
-class Or(Condition):
+class And(_Several):
+    """All of some conditions."""
+
+    word = "and"
+
+
+@dataclass(frozen=True)
+class Or(_Several):
     """At least one of some conditions."""
 
-    of: tuple[Condition, ...]
-
-    def __post_init__(self) -> None:
-        self._check()
-
-    @property
-    def parts(self) -> tuple[Condition, ...]:
-        return self.of
-
-    def __str__(self) -> str:
-        return "(" + " or ".join(map(str, self.of)) + ")"
-
-    def to_data(self) -> dict[str, Any]:
-        return {"or": [part.to_data() for part in self.of]}
+    word = "or"
 
 
 @dataclass(frozen=True)

@@ -62,33 +62,6 @@ ERRORS = ("keep", "drop", "mean")
 SCHEMA = 1
 
 
-def _check_place(edit: Edit | VectorEdit) -> None:
-    """Raises ArgumentError where site, where, when or schedule of an edit is of another kind."""
-    if not isinstance(edit.site, (str, type(None))):
-        raise ArgumentError(f"site={edit.site!r} is no site name; expected for example 'layers.2.resid_post'.")
-    if not isinstance(edit.where, Where):
-        raise ArgumentError(
-            f"where={edit.where!r} is no Where; expected prompt(), generation(), tokens(0, -1), or None for every token."
-        )
-    if not isinstance(edit.when, (Condition, type(None))):
-        raise ArgumentError(f"when={edit.when!r} is no condition; expected for example latent(501) > 3.0.")
-    if not isinstance(edit.schedule, (Schedule, type(None))):
-        raise ArgumentError(f"schedule={edit.schedule!r} is none; expected for example Schedule.linear(1, 0, 20).")
-
-
-def _place_to_data(edit: Edit | VectorEdit) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    if edit.site is not None:
-        data["site"] = edit.site
-    if edit.where != EVERYWHERE:
-        data["where"] = edit.where.to_data()
-    if edit.when is not None:
-        data["when"] = edit.when.to_data()
-    if edit.schedule is not None:
-        data["schedule"] = edit.schedule.to_data()
-    return data
-
-
 def _place_from_data(data: dict[str, Any], path: str) -> dict[str, Any]:
     """`data` with objects instead of where, when and schedule."""
     check_kinds(data, path, str, ("op", "unit", "mode"))
@@ -101,15 +74,53 @@ def _place_from_data(data: dict[str, Any], path: str) -> dict[str, Any]:
 _PLACE = ("site", "where", "when", "schedule")
 
 
-def _place_words(edit: Edit | VectorEdit) -> str:
-    site = f" at {edit.site}" if edit.site else ""
-    when = f" when {edit.when}" if edit.when is not None else ""
-    schedule = f" {edit.schedule}" if edit.schedule is not None else ""
-    return f"{schedule}{site}{when} ({edit.where})"
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Where and when an edit acts."""
+
+    site: str | None = None
+    """The attached SAE meant, or the site of a vector; None: the only SAE that is attached, or its site."""
+    where: Where = EVERYWHERE
+    """Which tokens; for a vector the mask is that of an SAE without a `mask_rule`."""
+    when: Condition | None = None
+    """Under which condition on latents; None: always."""
+    schedule: Schedule | None = None
+    """How much of the change at each generated token; None: all of it."""
+
+    def _check_place(self) -> None:
+        """Raises ArgumentError where one of these is of another kind."""
+        if not isinstance(self.site, (str, type(None))):
+            raise ArgumentError(f"site={self.site!r} is no site name; expected for example 'layers.2.resid_post'.")
+        if not isinstance(self.where, Where):
+            raise ArgumentError(
+                f"where={self.where!r} is no Where; expected prompt(), generation(), tokens(0, -1), or None for every token."
+            )
+        if not isinstance(self.when, (Condition, type(None))):
+            raise ArgumentError(f"when={self.when!r} is no condition; expected for example latent(501) > 3.0.")
+        if not isinstance(self.schedule, (Schedule, type(None))):
+            raise ArgumentError(f"schedule={self.schedule!r} is none; expected for example Schedule.linear(1, 0, 20).")
+
+    def _place_words(self) -> str:
+        site = f" at {self.site}" if self.site else ""
+        when = f" when {self.when}" if self.when is not None else ""
+        schedule = f" {self.schedule}" if self.schedule is not None else ""
+        return f"{schedule}{site}{when} ({self.where})"
+
+    def _place_to_data(self) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        if self.site is not None:
+            data["site"] = self.site
+        if self.where != EVERYWHERE:
+            data["where"] = self.where.to_data()
+        if self.when is not None:
+            data["when"] = self.when.to_data()
+        if self.schedule is not None:
+            data["schedule"] = self.schedule.to_data()
+        return data
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit:
+class Edit(Placed):
     """One operation on some latents of the SAE at one site."""
 
     op: str
@@ -120,14 +131,6 @@ class Edit:
     """What the op needs; None for those of `NO_VALUE`."""
     unit: str = "raw"
     """One of `UNITS`; those of `NO_UNIT` have none but `raw`."""
-    site: str | None = None
-    """The attached SAE meant; None where only one is attached."""
-    where: Where = EVERYWHERE
-    """Which tokens."""
-    when: Condition | None = None
-    """Under which condition on latents; None: always."""
-    schedule: Schedule | None = None
-    """How much of the change at each generated token; None: all of it."""
     active_only: bool = False
     """Act only where the latent is active, z > 0; not for those of `NO_ACTIVE_ONLY`."""
     mode: str = "decoder"
@@ -166,7 +169,7 @@ class Edit:
             if len(source) != 2 or source[0] < 0:
                 raise ArgumentError(f"source={self.source!r}; (row of the input, token of the row) is expected.")
             object.__setattr__(self, "source", source)
-        _check_place(self)
+        self._check_place()
 
     def _check_value(self) -> None:
         if self.unit not in UNITS:
@@ -192,7 +195,7 @@ class Edit:
             amount += f" from token {self.source[1]} of row {self.source[0]}"
         amount += " read back" if self.mode == "readback" else ""
         active = " where active" if self.active_only else ""
-        return f"{self.op} {listed(self.latents)}{amount}{active}{_place_words(self)}"
+        return f"{self.op} {listed(self.latents)}{amount}{active}{self._place_words()}"
 
     def to_data(self) -> dict[str, Any]:
         """What stands in a program's JSON."""
@@ -205,7 +208,7 @@ class Edit:
             data["mode"] = self.mode
         if self.source is not None:
             data["source"] = list(self.source)
-        return data | _place_to_data(self)
+        return data | self._place_to_data()
 
     @staticmethod
     def from_data(data: Any, path: str) -> Edit:
@@ -223,7 +226,7 @@ class Edit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorEdit:
+class VectorEdit(Placed):
     """One operation on the activations of a site along a direction; no SAE is needed there."""
 
     op: str
@@ -234,14 +237,6 @@ class VectorEdit:
     """What `add` and `cap` need."""
     unit: str = "raw"
     """One of `VECTOR_UNITS`."""
-    site: str | None = None
-    """The site; None where only one SAE is attached, and that one's is meant."""
-    where: Where = EVERYWHERE
-    """Which tokens; the mask is that of an SAE without a `mask_rule`."""
-    when: Condition | None = None
-    """Under which condition on latents; None: always."""
-    schedule: Schedule | None = None
-    """How much of the change at each generated token; None: all of it."""
 
     def __post_init__(self) -> None:
         if self.op not in VECTOR_OPS:
@@ -264,18 +259,18 @@ class VectorEdit:
             object.__setattr__(self, "value", number(self.value, f"the value of {self.op!r}"))
         if self.unit == "kl" and self.value == 0:
             raise ArgumentError("a KL of 0 is the unedited model. Leave the edit out.")
-        _check_place(self)
+        self._check_place()
 
     def __str__(self) -> str:
         amount = "" if self.value is None else f" {self.value:g}" + ("" if self.unit == "raw" else f" {self.unit}")
-        return f"{self.op} along a vector{amount}{_place_words(self)}"
+        return f"{self.op} along a vector{amount}{self._place_words()}"
 
     def to_data(self) -> dict[str, Any]:
         """What stands in a program's JSON."""
         data: dict[str, Any] = {"op": self.op, "vector": list(self.vector)}
         if self.value is not None:
             data |= {"value": self.value, "unit": self.unit}
-        return data | _place_to_data(self)
+        return data | self._place_to_data()
 
     @staticmethod
     def from_data(data: Any, path: str) -> VectorEdit:
@@ -394,7 +389,11 @@ class Program:
         Raises:
             FormatError: not JSON, an unknown schema or field, or a value of the wrong kind; the field is named.
         """
-        data = from_json(text, "program")
+        return Program.from_data(from_json(text, "program"))
+
+    @staticmethod
+    def from_data(data: Any) -> Program:
+        """As `from_json`, from what `fields.from_json` read."""
         known = {"schema", "edits", "splice", "error", "norm", "parallel"}
         check_fields(data, "program", known, {"schema", "edits"})
         if isinstance(data["schema"], bool) or data["schema"] != SCHEMA:
