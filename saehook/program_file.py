@@ -18,6 +18,7 @@ from typing import Any
 
 from saehook import hub
 from saehook.errors import FileError, FormatError
+from saehook.fields import check_fields, from_json
 from saehook.files import atomic_write
 from saehook.interventions import Program
 
@@ -115,16 +116,16 @@ class ProgramFile:
             FormatError: not JSON, an unknown schema or field, a value of the wrong kind, or a program that does not have
                 the file's id; the message says where.
         """
-        data = _object(_parse(text), "the file", {"schema", "id", "saehook", "program", "model", "saes", "replay"})
+        data, fields = from_json(text, "file"), {"schema", "id", "saehook", "program", "model", "saes", "replay"}
+        check_fields(data, "the file", fields, fields)
         if data["schema"] != SCHEMA or isinstance(data["schema"], bool):
             raise FormatError(
                 f"schema is {data['schema']!r}; this version reads program files of schema {SCHEMA}. Update saehook."
             )
         if not isinstance(data["saes"], list):
             raise FormatError(f"saes is {data['saes']!r}; a list is expected.")
-        _object(data["program"], "program", None)
         try:
-            program = Program.from_json(json.dumps(data["program"]))
+            program = Program.from_data(data["program"])
         except FormatError as error:
             raise FormatError(f"within program: {error}") from None
         file = ProgramFile(
@@ -224,11 +225,11 @@ def load_edits(path: str | Path) -> tuple[Program, ProgramFile | None]:
     """
 
     def read(text: str) -> tuple[Program, ProgramFile | None]:
-        data = _parse(text)
+        data = from_json(text, "file")
         if isinstance(data, dict) and "program" in data:
             file = ProgramFile.from_json(text)
             return file.program, file
-        return Program.from_json(text), None
+        return Program.from_data(data), None
 
     return _within(path, read)
 
@@ -270,40 +271,12 @@ def _origin(sae: SAERef) -> str:
 # --- reading: each check names the place in the JSON -----------------------------------------------------------------
 
 
-def _parse(text: str) -> Any:
-    def no_constant(name: str) -> Any:
-        raise ValueError(f"{name} is no number of JSON")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the field {next(n for n in names if names.count(n) > 1)!r} is given twice")
-        return found
-
-    try:
-        return json.loads(text, parse_constant=no_constant, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"no JSON: {error}.") from None
-
-
-def _object(data: Any, path: str, known: set[str] | None, optional: frozenset[str] = frozenset()) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise FormatError(f"{path} is {data!r:.80}; an object is expected.")
-    if known is not None:
-        unknown, missing = sorted(set(data) - known), sorted(known - optional - set(data))
-        if unknown or missing:
-            problem = f"has the unknown field {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
-            raise FormatError(f"{path} {problem}; expected are {', '.join(sorted(known))}.")
-    return data
-
-
 def _record(kind: type, data: Any, path: str) -> Any:
     """An instance of the dataclass; its annotations say which check each field gets."""
     fields = dataclasses.fields(kind)
-    optional = frozenset(
-        f.name for f in fields if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-    )
-    data = _object(data, path, {f.name for f in fields}, optional)
+    missing = dataclasses.MISSING
+    required = {f.name for f in fields if f.default is missing and f.default_factory is missing}
+    check_fields(data, path, {f.name for f in fields}, required)
     checks = {f.name: _CHECKS[str(f.type)] for f in fields}
     return kind(**{name: checks[name](value, f"{path}.{name}") for name, value in data.items()})
 
@@ -331,7 +304,8 @@ def _finite(value: Any, path: str) -> float:
 
 
 def _hashes(value: Any, path: str) -> dict[str, str]:
-    for name, sha in _object(value, path, None).items():
+    check_fields(value, path, value)
+    for name, sha in value.items():
         if not re.fullmatch(r"\w[\w.-]*", name) or not isinstance(sha, str) or not re.fullmatch("[0-9a-f]{64}", sha):
             raise _refuse({name: sha}, path, "a sha256 by file name")
     return value
