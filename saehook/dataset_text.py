@@ -21,9 +21,9 @@ from typing import Any
 
 from saehook.config import count
 from saehook.corpus import Document, read_documents, text_files
-from saehook.errors import ArgumentError, FileError, SaehookError
+from saehook.errors import ArgumentError
+from saehook.hub import PREFIX, hub_errors
 
-PREFIX = "hf:"
 OPTIONS = ("config", "split", "column", "skip", "take", "revision")
 SYNTAX = f"{PREFIX}NAME{''.join(f'[,{option}=...]' for option in OPTIONS)}"
 
@@ -163,17 +163,13 @@ class DatasetText(Iterable[Document]):
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Turns what datasets, huggingface_hub, pyarrow and httpx raise, which has no common base, into FileError."""
-        try:
+        """What goes wrong with the dataset, as FileError."""
+        check = (
+            f"Check the name, config= and revision=, and that the hub can be reached; {PREFIX}FOLDER reads files on "
+            "this machine."
+        )
+        with hub_errors(f"read the dataset {self.name}", check):
             yield
-        except SaehookError:
-            raise
-        except Exception as error:
-            said = " ".join(str(error).split())[:500]
-            raise FileError(
-                f"cannot read the dataset {self.name}: {type(error).__name__}: {said or 'no more is known'}. Check the name, "
-                f"config= and revision=, and that the hub can be reached; {PREFIX}FOLDER reads files on this machine."
-            ) from error
 
 
 class Reader(Iterator[Document]):

@@ -10,6 +10,10 @@ from typing import NamedTuple
 from saehook.errors import ArgumentError, FileError, FormatError, SaehookError
 
 PREFIX = "hf:"
+CHECK = (
+    "Check the name and revision, that the hub can be reached, and for a private repository that you are logged in "
+    "(hf auth login)."
+)
 
 
 class HubPlace(NamedTuple):
@@ -72,7 +76,7 @@ def download(place: HubPlace, file: str, *, max_bytes: int | None = None) -> Pat
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     file = f"{place.path}/{file}" if place.path else file
-    with _errors(f"read {file} of {place.name}"):
+    with hub_errors(f"read {file} of {place.name}", CHECK):
         if max_bytes is not None and not HF_HUB_OFFLINE:
             size = get_hf_file_metadata(hf_hub_url(place.repo, file, revision=place.revision)).size or 0
             if size > max_bytes:
@@ -94,7 +98,7 @@ def upload(repo: str, files: Mapping[str, str], *, message: str, private: bool =
     if place.revision is not None:
         raise ArgumentError(f"{repo!r} names a revision; what is uploaded makes a new one. Leave it out.")
     operations = [CommitOperationAdd(name, text.encode()) for name, text in files.items()]
-    with _errors(f"write {place.name}"):
+    with hub_errors(f"write {place.name}", CHECK):
         api = HfApi()
         api.create_repo(place.repo, private=private, exist_ok=True)
         commit = api.create_commit(place.repo, operations, commit_message=message)
@@ -102,15 +106,15 @@ def upload(repo: str, files: Mapping[str, str], *, message: str, private: bool =
 
 
 @contextlib.contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """Turns what huggingface_hub and httpx raise, which has no common base, into FileError."""
+def hub_errors(what: str, check: str) -> Iterator[None]:
+    """Turns what huggingface_hub, datasets, pyarrow and httpx raise, which has no common base, into FileError.
+
+    `what` cannot be done; `check`: what to look at.
+    """
     try:
         yield
     except SaehookError:
         raise
     except Exception as error:
         said = " ".join(str(error).split())[:500]
-        raise FileError(
-            f"cannot {what}: {type(error).__name__}: {said or 'no more is known'}. Check the name and revision, that the hub "
-            "can be reached, and for a private repository that you are logged in (hf auth login)."
-        ) from error
+        raise FileError(f"cannot {what}: {type(error).__name__}: {said or 'no more is known'}. {check}") from error
