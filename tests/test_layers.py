@@ -23,10 +23,10 @@ LAYERS = [
     "harvest activation_cache evaluation kl_tuning replay export",
     "charts reports training_run",
     "app/*",
-    "program_commands cli __main__ __init__",
+    "commands/* cli __main__ __init__",
 ]
 NNSIGHT = {"hooked_model"}
-PRINT = {"cli", "program_commands"}
+PRINT = {"cli"}
 
 
 def name_of(path: Path) -> str:
@@ -171,7 +171,7 @@ def test_the_library_prints_nothing(name):
         for node in ast.walk(TREES[name])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
-    assert name in PRINT or not calls, f"print in saehook/{name}.py, lines {calls}"
+    assert name in PRINT or name.startswith("commands/") or not calls, f"print in saehook/{name}.py, lines {calls}"
 
 
 def lines_with_traps(text: str) -> list[int]:
