@@ -81,10 +81,14 @@ class EditAction:
             self.dose.add(touched, (new - x32).detach(), norm.detach(), view.fresh)
         else:
             self.dose = self.edits[0].dose
+        size = norm_of(
+            new.detach()
+        )  # infinite where the sum of squares is: every normalisation after it would give 0 or NaN
+        holds = size.isfinite()
         if x.dtype in _HALF:
-            largest = torch.linalg.vector_norm(new.detach(), ord=torch.inf, dim=-1)
-            # What was not finite before is no fault of an edit.
-            self._too_large.append((view, touched & ~(largest <= torch.finfo(x.dtype).max) & norm.isfinite()))
+            holds &= torch.linalg.vector_norm(new.detach(), ord=torch.inf, dim=-1) <= torch.finfo(x.dtype).max
+        # What was not finite before is no fault of an edit.
+        self._too_large.append((view, touched & ~holds & norm.isfinite()))
         new = torch.where(touched[..., None], new.to(x.dtype), x)
         if self.note is not None:
             self.note(x, new, touched)
@@ -92,7 +96,7 @@ class EditAction:
 
     def overflow(self) -> tuple[int, int, int] | None:
         """(row of the input, token counted among the row's own, its id) of the first x' that its half-precision dtype
-        cannot hold; None if there is none. Reads the device once."""
+        cannot hold, or whose length is not finite in float32; None if there is none. Reads the device once."""
         if not self._too_large or not torch.cat([large for _, large in self._too_large], 1).any():
             return None
         view, large = next((view, large) for view, large in self._too_large if large.any())
