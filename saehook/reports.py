@@ -17,8 +17,8 @@ from saehook.charts import Curve, curve_chart, curve_css, escape, histogram, hum
 from saehook.checkpoint import CONFIG, load_sae
 from saehook.errors import FileError, SaehookError
 from saehook.files import atomic_write
+from saehook.metrics_log import METRICS
 from saehook.sae import SAE
-from saehook.trainer import METRICS
 
 EVALUATION, REPORT = "eval.json", "report.html"
 Log = dict[str, list[dict[str, Any]]]

@@ -26,11 +26,13 @@ from saehook.harvest import Shuffled, TextStream, activations_of, mask_rules, wi
 from saehook.hooked_model import HookedModel
 from saehook.kl_tuning import KLBatches
 from saehook.loggers import check_loggers
+from saehook.metrics_log import METRICS
 from saehook.reports import write_report
 from saehook.run_state import checkpoints
 from saehook.sae import SAE
+from saehook.sae_run import sae_name, site_name
 from saehook.tokenization import Windows, tokenizer_sha256, window_size
-from saehook.trainer import CHECKPOINT_SECONDS, METRICS, Trainer, sae_name, site_name
+from saehook.trainer import CHECKPOINT_SECONDS, Trainer
 
 FINGERPRINT_TOKENS = 256
 CHECKPOINTS = "checkpoints"

@@ -2,7 +2,7 @@
 
     python tests/bench/bench_train_step.py [--json out.json] [--repeats 9] [--batch 1024 4096] [--only topk relu]
 
-A step is `Run.step`: forward, backward, dead latents, AuxK, clipping, Adam, decoder rows, metrics, by the path that the
+A step is `SAERun.step`: forward, backward, dead latents, AuxK, clipping, Adam, decoder rows, metrics, by the path that the
 trainer takes by default. The product is `F.linear` with fresh output. Both are interleaved in one process, in random order;
 ratios are medians of the paired ratios. The penalised methods are measured with about 64 latents firing per token, and with
 half of all firing ("many"), as early in training. `topk+auxk` has a tenth of its latents dead.
@@ -30,7 +30,7 @@ from torch import Tensor
 from saehook.batches import InputFacts
 from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, Method, MultiTopK, ReLU, TopK, TrainConfig
 from saehook.kernels import Scratch
-from saehook.trainer import Run
+from saehook.sae_run import SAERun
 
 SITE = "layers.0.resid_post"
 K, FIRING = 32, 64
@@ -100,13 +100,13 @@ def measure(
         }
 
 
-def make_run(what: str, x: Tensor, d_sae: int) -> Run:
+def make_run(what: str, x: Tensor, d_sae: int) -> SAERun:
     """A run in the state that its name says."""
     method = CASES[what]
     target = None if hasattr(method, "k") else float(FIRING)
     config = TrainConfig(site=SITE, activation=method, d_sae=d_sae, tokens=10**9, batch_tokens=len(x), target_l0=target)
     facts = InputFacts.measure(x, SITE)
-    run = Run(config, what, facts)
+    run = SAERun(config, what, facts)
     sae = run.sae
     with torch.no_grad():
         if target is not None and "many" not in what:
@@ -123,7 +123,7 @@ def make_run(what: str, x: Tensor, d_sae: int) -> Run:
     return run
 
 
-def stepper(run: Run, x: Tensor, scratch: Scratch) -> Callable[[], None]:
+def stepper(run: SAERun, x: Tensor, scratch: Scratch) -> Callable[[], None]:
     return lambda: run.step({SITE: x}, scratch)
 
 
