@@ -9,8 +9,6 @@ the SAE normalises each token. A transcoder encodes what it reads at another sit
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,28 +19,9 @@ from saehook.errors import ArgumentError, ShapeError, SiteError
 from saehook.interventions import AnyEdit, Edit, Program, VectorEdit
 from saehook.positions import TokenView
 from saehook.readback import solve
+from saehook.row_edits import Dose, Prepared, RowEdits, together
 from saehook.sae import SAE
 from saehook.tracks import Conditions, LatentTrack
-
-
-@dataclass
-class Dose:
-    """Tokens touched, and the sum of ‖Δ‖/‖x‖ over them; kept on the device, read once at the end."""
-
-    tokens: Tensor | int = 0
-    total: Tensor | float = 0.0
-
-    def add(self, selected: Tensor, delta: Tensor, norm: Tensor, fresh: int) -> None:
-        """`selected` [rows, n], `delta` [rows, n, d], `norm` = ‖x‖ [rows, n]; tokens before `fresh` were counted before."""
-        selected, delta, norm = selected[:, fresh:], delta[:, fresh:], norm[:, fresh:]
-        ratio = torch.linalg.vector_norm(delta, dim=-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        self.tokens = self.tokens + selected.sum()
-        self.total = self.total + torch.where(selected, ratio, 0.0).sum()
-
-    def read(self) -> tuple[int, float]:
-        """(tokens, mean ratio); the mean of nothing is 0."""
-        n = int(self.tokens)
-        return n, float(self.total) / n if n else 0.0
 
 
 def norm_of(x: Tensor) -> Tensor:
@@ -94,25 +73,6 @@ class Change(NamedTuple):
     delta: Tensor | None = None
     """[rows, n, d] float32, 0 where nothing is touched."""
     new: Tensor | None = None
-
-
-@dataclass
-class Prepared:
-    """One edit, ready to run."""
-
-    index: int
-    """In the program."""
-    edit: AnyEdit
-    value: Tensor
-    """Of each latent, [len(latents)] float32, in unit `norm` still to be multiplied by ‖x‖; of a vector v, as a direction."""
-    columns: Tensor
-    """Among the latents of the block, those whose z' the edit decides."""
-    dose: Dose = field(default_factory=Dose)
-    residual: Dose | None = None
-    """Of `mode='readback'`: |z of x' - z'|, mean over its latents."""
-    note: Callable[[Tensor, Tensor, Tensor], None] | None = None
-    """For a full report: called with the tokens selected [rows, n] and z of the edit's own latents, as the edit sees it and
-    as it leaves it, [rows, n, len(latents)]. The block must read latents then."""
 
 
 class Encoder:
@@ -212,6 +172,7 @@ class LatentBlock(Block):
                 self._check_readback()
                 prepared.residual = Dose()
             self.edits.append(prepared)
+        self.row_edits = together(self.edits)
         self.reads_latents = program.drops_error or any(
             edit.op != "add" or edit.active_only or edit.mode == "readback" for _, edit in edits
         )
@@ -252,7 +213,7 @@ class LatentBlock(Block):
 
     def __call__(self, seen: Seen, norm: Tensor, view: TokenView) -> Change:
         sae, program = self.sae, self.program
-        active = [p for p in self.edits if view.may_select(p.edit.where)]
+        active = [p for p in self.row_edits if view.may_select(p.edit.where)]
         read = seen.x if self.source is None else self.source.take()
         mask_norm = norm if self.source is None else norm_of(read)
         keep = view.mask(sae.mask_rule, mask_norm)
@@ -263,7 +224,7 @@ class LatentBlock(Block):
         delta, touched, emptied, others = None, None, None, None
         read_back: list[tuple[Prepared, Tensor]] = []
         for p in active:
-            assert isinstance(p.edit, Edit)
+            p.begin(view.run)
             selected = self.selected(p.edit, keep, sae.mask_rule, mask_norm, view)
             change = self.scheduled(p.edit, self._change(p, current, unit_norm), view)
             if p.edit.active_only:
@@ -275,14 +236,10 @@ class LatentBlock(Block):
             before = current
             if current is not None:
                 current = current.index_add(-1, p.columns, change)
-            if p.note is not None:
-                assert before is not None
-                assert current is not None
-                own = torch.searchsorted(self.latents, torch.tensor(p.edit.latents, device=self.latents.device))
-                p.note(selected, before[..., own], current[..., own])
+            p.note(selected, before, current, self.latents)
             touched = selected if touched is None else touched | selected
             if p.edit.mode == "readback":
-                read_back.append((p, selected))
+                read_back.append((p.parts[0], selected))
                 continue
             part = change @ self.rows[p.columns]
             if p.edit.op == "keep_only":
@@ -293,7 +250,7 @@ class LatentBlock(Block):
                 emptied = selected if emptied is None else selected | emptied
                 part = part - torch.where(newly[..., None], others, 0.0)
             part = part if scale is None else part * scale
-            p.dose.add(selected, part.detach(), seen.norm.detach(), view.fresh)
+            p.count(selected, part.detach(), seen.norm.detach(), view.fresh)
             delta = part if delta is None else delta + part
         if not program.drops_error:
             if read_back:
@@ -314,13 +271,12 @@ class LatentBlock(Block):
         new = sae.decode(acts, seen.x32 if self.source is None else read).float()
         return Change(touched, new=new if self.mean_error is None else new + self.mean_error)
 
-    def _change(self, p: Prepared, current: Tensor | None, norm: Tensor) -> Tensor:
+    def _change(self, p: RowEdits, current: Tensor | None, norm: Tensor) -> Tensor:
         """z' - z of the edit's latents, [rows, n, len(columns)]; a constant for `add`, so that x' = x + c · W_dec exactly."""
         edit = p.edit
-        assert isinstance(edit, Edit)
         value = p.value if edit.unit != "norm" else norm[..., None] * p.value
         if edit.op == "add":
-            return value.expand(*norm.shape, -1)
+            return value.expand(*norm.shape, value.shape[-1])
         assert current is not None
         z = current[..., p.columns]
         match edit.op:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from saehook.config import MaskRule
-from saehook.edit_blocks import Block, Dose, LatentBlock, Seen, SourceAction, norm_of
+from saehook.edit_blocks import Block, LatentBlock, Seen, SourceAction, norm_of
 from saehook.errors import ArgumentError
 from saehook.interventions import Cap, Program
 from saehook.positions import TokenView
+from saehook.row_edits import Dose
 from saehook.sae import SAE
 
 
