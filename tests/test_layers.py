@@ -17,7 +17,7 @@ LAYERS = [
     "errors metrics kernels/*",
     "config corpus hub dataset_text bundle files gguf loggers fields",
     "losses activation_fns where conditions schedules interventions sites conversation tokenization sweep run_state",
-    "sae row_text positions optim batches tracks readback program_file",
+    "sae sparse_acts row_text positions optim batches tracks readback program_file",
     "checkpoint edit_blocks editing results edit_plan full_report sampling_noise calibration methods",
     "runs attribution dose_response kl_strength hooked_saes hooked_model streaming trainer",
     "harvest activation_cache evaluation kl_tuning replay export",
