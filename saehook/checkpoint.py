@@ -201,13 +201,15 @@ def load_sae(
     if config.skip:
         shapes["W_skip"] = (d_out, d_in)
     if mapped and device is not None and torch.device(device).type != "cpu":
-        raise ArgumentError(f"mapped=True leaves the weights in the file, so they cannot be on {device}. Leave one out.")
+        raise ArgumentError(
+            f"mapped=True leaves the weights in the file, so they cannot be on {device}. Leave one out."
+        )
     tensors = _read_tensors(path / WEIGHTS, shapes, read=not mapped)
     sae = SAE(config, site=site, site_out=site_out, device="meta", dtype=tensors["W_enc"].dtype if mapped else dtype)
     sae.source, sae.mapped = path.resolve(), mapped
     for name, tensor in tensors.items():
-        if not mapped or name == "threshold":
-            tensor = tensor.to(device or "cpu", torch.float32 if name == "threshold" else dtype)
+        if not mapped or tensor.ndim < 2:
+            tensor = tensor.to(device or "cpu", torch.float32 if name == "threshold" else sae.dtype)
         setattr(sae, name, nn.Parameter(tensor, requires_grad=not mapped))
     if (path / STATS).exists():
         sae.stats = _read_stats(path / STATS, d_sae, d_out)
@@ -298,7 +300,11 @@ def _sae_config(data: dict[str, Any], path: Path) -> SAEConfig:
 
 
 def _read_tensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], optional: dict[str, tuple[int, ...]] | None = None, *, read: bool = True
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    optional: dict[str, tuple[int, ...]] | None = None,
+    *,
+    read: bool = True,
 ) -> dict[str, Tensor]:
     """The tensors of a safetensors file, those of `shapes` and maybe of `optional`, finite and of a float dtype.
 

@@ -270,4 +270,3 @@ class Latents:
     def l0(self) -> Tensor:
         """Latents that fire on each token, [S] int64 on the CPU."""
         return torch.bincount(self.fired[0], minlength=len(self.ids)).cpu()
-

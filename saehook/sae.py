@@ -272,7 +272,9 @@ class SAE(nn.Module):
         """
         rows = self.W_dec[latents]
         if self.mapped and not bool(rows.isfinite().all()):
-            raise FormatError(f"the decoder in {self.source} holds NaN or infinity; the file is damaged. Copy it again.")
+            raise FormatError(
+                f"the decoder in {self.source} holds NaN or infinity; the file is damaged. Copy it again."
+            )
         return rows
 
     def scale(self, x: Tensor) -> Tensor | None:

@@ -165,7 +165,7 @@ def test_counts_that_are_none(text):
     assert "is not a count" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "eval", "train", "generate", "replay", "export", "stats", "sites"])
+@pytest.mark.parametrize("command", ["demo", "eval", "train", "generate", "replay", "export", "stats", "sites", "plan"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
