@@ -207,7 +207,14 @@ class SAE(nn.Module):
                 "hooked.latents(text), edits and splice, or saehook.sparse_acts.encode(sae, x). SAEHOOK_KERNELS=reference "
                 "in the environment lifts the limit."
             )
-        return torch.addmm(self.b_enc, inputs, self.W_enc).view(*x.shape[:-1], self.d_sae)
+        pre_acts = torch.addmm(self.b_enc, inputs, self.W_enc)
+        self.check_read(pre_acts, inputs)
+        return pre_acts.view(*x.shape[:-1], self.d_sae)
+
+    def check_read(self, result: Tensor, given: Tensor | None = None) -> None:
+        """Raises FormatError where the weights of a mapped file gave NaN or infinity, from numbers that were finite."""
+        if self.mapped and not bool(result.isfinite().all()) and (given is None or bool(given.isfinite().all())):
+            raise FormatError(f"the weights in {self.source} give NaN or infinity; the file is damaged. Copy it again.")
 
     def activate(self, pre_acts: Tensor) -> Tensor:
         """Latent activations from pre-activations by the inference rule; see `encode`."""
@@ -250,6 +257,7 @@ class SAE(nn.Module):
         Raises:
             ArgumentError: `x` is missing and needed; see `decode`.
         """
+        self.check_read(x_hat, x)
         if self.config.normalize == "none" and self.W_skip is None:
             return x_hat
         if x is None:
@@ -271,10 +279,7 @@ class SAE(nn.Module):
             FormatError: a mapped file holds NaN or infinity there.
         """
         rows = self.W_dec[latents]
-        if self.mapped and not bool(rows.isfinite().all()):
-            raise FormatError(
-                f"the decoder in {self.source} holds NaN or infinity; the file is damaged. Copy it again."
-            )
+        self.check_read(rows)
         return rows
 
     def scale(self, x: Tensor) -> Tensor | None:

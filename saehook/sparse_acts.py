@@ -13,7 +13,6 @@ from torch import Tensor
 
 from saehook import kernels
 from saehook.config import TopK
-from saehook.errors import FormatError
 from saehook.kernels import Selection, sparse
 from saehook.sae import SAE
 
@@ -85,8 +84,7 @@ def encode(sae: SAE, x: Tensor) -> SparseActs:
         else:
             sae.check_threshold()
             values, pairs = kernels.encode_above(inputs, sae.W_enc, sae.b_enc, sae.threshold)
-    if sae.mapped and not bool(values.isfinite().all()) and bool(inputs.isfinite().all()):
-        raise FormatError(f"the encoder in {sae.source} holds NaN or infinity; the file is damaged. Copy it again.")
+    sae.check_read(values, inputs)
     if torch.is_grad_enabled() and (inputs.requires_grad or sae.W_enc.requires_grad or sae.b_enc.requires_grad):
         rows = sae.W_enc.T[pairs.latents]
         values = (inputs[pairs.tokens] * rows).sum(-1) + sae.b_enc[pairs.latents]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders import ACTIVATIONS, BOS, random_ids, tiny_sae
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from work_counter import Work
 
 from saehook import (
     HookedModel,
@@ -205,31 +205,19 @@ def test_the_choice_is_logged_once(monkeypatch, caplog):
     ]
 
 
-class Largest(TorchDispatchMode):
-    """Entries of the largest tensor that an operation made."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not result._is_view():
-            self.entries = max(self.entries, result.numel())
-        return result
-
-
 @pytest.mark.parametrize("program", [PROGRAMS["clamp, ablate"], PROGRAMS["splice"], PROGRAMS["keep_only"]])
 def test_no_tensor_of_tokens_times_latents(wide, models_by_name, program):
     model: HookedModel = models_by_name("llama")[0]
     sae = tiny_sae(d_sae=4096, activation=TopK(k=4), site=SITE)
     hooked = model.attach(sae)
     assert len(IDS) * 4096 > 4 * (most := 8192)
-    with torch.no_grad(), Largest() as largest:
+    with torch.no_grad(), Work() as work:
         hooked.run(IDS, hooked.plan(program).actions)
         hooked.latents(IDS)
-    assert largest.entries <= most
-    with Largest() as largest:
+    assert max(work.allocated) <= most
+    with Work() as work:
         sae.encode(tokens(len(IDS)))
-    assert largest.entries == len(IDS) * 4096, "it would be seen"
+    assert max(work.allocated) == len(IDS) * 4096, "it would be seen"
 
 
 def test_a_mapped_file_gives_the_same(tmp_path, models_by_name):

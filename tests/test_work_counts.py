@@ -6,17 +6,14 @@ they tell what a tensor is.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from builders import LAYERS, VOCAB, WIDTH, random_ids, tiny_sae
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from work_counter import Work
 
 from saehook import Program, ablate, add_vector, clamp, keep_only, latent, scale, steer
 from saehook.batches import InputFacts
@@ -38,31 +35,6 @@ METHODS: dict[str, tuple[Method, float]] = {  # and pairs a token that are decod
     "relu": (ReLU(), K),
     "jumprelu": (JumpReLU(), K),
 }
-
-
-class Work(TorchDispatchMode):
-    """Operations, sums of rows and fresh memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: Counter[str] = Counter()
-        self.row_sums = 0
-        """Multiplications and additions in sums of rows."""
-        self.allocated: Counter[int] = Counter()
-        """Fresh float tensors by number of entries; those of an operation that writes into what it is given are none."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        result = func(*args, **kwargs)
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        self.operations[name] += 1
-        if name.startswith("_embedding_bag") and "backward" not in name:
-            self.row_sums += 2 * args[1].numel() * args[0].shape[1]
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.is_floating_point() and x.untyped_storage().data_ptr() not in given:
-                self.allocated[x.numel()] += 1
-        return result
 
 
 def counted(run: Callable[[], object]) -> tuple[int, Work]:
