@@ -22,7 +22,7 @@ from saehook.interventions import AnyEdit, Edit, Program, VectorEdit
 from saehook.positions import TokenView
 from saehook.readback import solve
 from saehook.sae import SAE
-from saehook.sparse_acts import Acts, columns, decode_with, encode_for, pre_and_acts, sum_others
+from saehook.sparse_acts import Acts, columns_of, decode_with, encode_for, pre_and_acts, sum_others
 from saehook.tracks import Conditions, LatentTrack
 
 
@@ -259,7 +259,7 @@ class LatentBlock(Block):
         keep = view.mask(sae.mask_rule, mask_norm)
         scale = sae.scale(seen.x32)
         acts = self.encode(read, view) if self.reads_latents else None
-        current = columns(acts, self.latents).float() if acts is not None else None
+        current = columns_of(acts, self.latents).float() if acts is not None else None
         unit_norm = seen.norm if scale is None else seen.norm / scale.squeeze(-1)
         delta, touched, emptied, others = None, None, None, None
         read_back: list[tuple[Prepared, Tensor]] = []
@@ -378,7 +378,7 @@ class LatentBlock(Block):
         goal = torch.where(acts == target, pre, goal)
         amount = solve(rows @ encoder, torch.where(wanted, goal - pre, 0.0), wanted)
         part = amount @ rows
-        again = columns(encode_for(sae, before + part), latents).float()
+        again = columns_of(encode_for(sae, before + part), latents).float()
         for p, selected in edits:
             mine = torch.isin(columns, p.columns)
             p.dose.add(selected, (amount[..., mine] @ rows[mine]).detach(), seen.norm.detach(), view.fresh)
@@ -445,5 +445,5 @@ class WatchAction:
 
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
         mask = view.mask(self.encode.sae.mask_rule, norm_of(x.detach()))
-        self.track.note(columns(self.encode(x, view), self.latents), mask, view)
+        self.track.note(columns_of(self.encode(x, view), self.latents), mask, view)
         return x

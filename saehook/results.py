@@ -14,7 +14,7 @@ from torch import Tensor
 from saehook.errors import ArgumentError, LatentError
 from saehook.interventions import AnyEdit, Edit
 from saehook.sae import DENSE_ENTRIES
-from saehook.sparse_acts import Acts, columns
+from saehook.sparse_acts import Acts, columns_of
 
 
 class LatentChange(NamedTuple):
@@ -240,7 +240,7 @@ class Latents:
         d_sae = self.held.shape[1] if isinstance(self.held, Tensor) else self.held.pairs.d_sae
         if not 0 <= latent < d_sae:
             raise LatentError(f"latent {latent} is outside 0..{d_sae - 1}, the latents of the SAE at {self.site}.")
-        return columns(self.held, torch.tensor([latent], device=self.fired[0].device))[:, 0]
+        return columns_of(self.held, torch.tensor([latent], device=self.fired[0].device))[:, 0]
 
     def top(self, n: int = 10) -> list[LatentHit]:
         """The n latents with the largest activation on any token of the mask, strongest first; fewer if fewer fire."""

@@ -96,7 +96,7 @@ def encode_for(sae: SAE, x: Tensor) -> Acts:
     return encode(sae, x) if kernels.by_blocks(sae.d_sae) else sae.encode(x)
 
 
-def columns(acts: Acts, latents: Tensor) -> Tensor:
+def columns_of(acts: Acts, latents: Tensor) -> Tensor:
     """The activations of some latents [s], [..., s]."""
     return acts[..., latents] if isinstance(acts, Tensor) else acts.columns(latents)
 

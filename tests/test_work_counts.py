@@ -18,6 +18,7 @@ from work_counter import Work
 from saehook import Program, ablate, add_vector, clamp, keep_only, latent, scale, steer
 from saehook.batches import InputFacts
 from saehook.config import BatchTopK, JumpReLU, Matryoshka, Method, MultiTopK, ReLU, TopK, TrainConfig
+from saehook.interventions import AnyEdit
 from saehook.kernels import Scratch
 from saehook.sae import SAE
 from saehook.trainer import Run
@@ -39,7 +40,10 @@ METHODS: dict[str, tuple[Method, float]] = {  # and pairs a token that are decod
 
 def counted(run: Callable[[], object]) -> tuple[int, Work]:
     """Operations of products in one call, and the work of another."""
-    with FlopCounterMode(display=False) as flops:
+    in_place = {
+        torch.ops.aten.addmm_: lambda into, a, b, **_: 2 * a[0] * a[1] * b[1]
+    }  # torch's counter does not know it
+    with FlopCounterMode(display=False, custom_mapping=in_place) as flops:
         run()
     with Work() as work:
         run()
@@ -84,7 +88,7 @@ def test_the_only_dense_product_of_a_step_is_the_encoders(monkeypatch, name):
     assert products == PRODUCT
     # Forward once, and backward once for the gradient of each matrix.
     rows = 2 * TOKENS * METHODS[name][1] * D_IN
-    assert 2.5 * rows <= work.row_sums <= 3.5 * rows
+    assert 2.5 * rows <= work.row_sums <= 4 * rows  # of a JumpReLU also those near the threshold
     assert max(work.allocated) < PRE_ACTS, "pre-activations go into memory that steps share"
     assert work.allocated[MATRIX] <= 2 * (name == "multitopk"), "gradients, too"
 
@@ -147,29 +151,44 @@ def test_an_unconditional_addition_encodes_nothing(hooked, monkeypatch, edit):
     assert max(work.allocated) < ACTS / 4
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [clamp(3, 1.0), ablate([3, 8]), scale(3, 2.0), steer(3, 1.0, active_only=True), steer(3, 1.0, when=latent(9) > 0)],
-)
-def test_an_edit_with_the_error_kept_encodes_once_and_decodes_nothing(hooked, edit):
-    products, work = of_the_sae(hooked, Program(edits=[edit, clamp(5, 1.0)]))
+EDITS: dict[str, Callable[[int], AnyEdit]] = {  # of a latent that fires, so that each does something
+    "clamp": lambda i: clamp(i, 1.0),
+    "ablate": lambda i: ablate([i, (i + 1) % D_WIDE]),
+    "scale": lambda i: scale(i, 2.0),
+    "active only": lambda i: steer(i, 1.0, active_only=True),
+    "condition": lambda i: steer(i, 1.0, when=latent(i) > 0),
+}
+
+
+@pytest.fixture(scope="module")
+def firing(hooked) -> int:
+    return hooked.latents(IDS).top(1)[0].latent
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_with_the_error_kept_encodes_once_and_decodes_nothing(hooked, firing, name):
+    program = Program(edits=[EDITS[name](firing), clamp((firing + 2) % D_WIDE, 1.0)])
+    products, work = of_the_sae(hooked, program)
     assert 1 <= products < 1.01
     assert work.operations["topk"] == 1
     assert work.allocated[WIDTH * D_WIDE] == 0, "no copy of a matrix"
 
 
-@pytest.mark.parametrize(
-    "program", [Program(splice=True), Program(edits=[ablate(3)], error="drop"), Program(edits=[keep_only([3])])]
-)
-def test_a_splice_encodes_once_and_decodes_once(hooked, program):
-    products, work = of_the_sae(hooked, program)
+@pytest.mark.parametrize("name", ["splice", "drop", "keep_only"])
+def test_a_splice_encodes_once_and_decodes_once(hooked, firing, name):
+    programs = {
+        "splice": Program(splice=True),
+        "drop": Program(edits=[ablate(firing)], error="drop"),
+        "keep_only": Program(edits=[keep_only([firing])]),
+    }
+    products, work = of_the_sae(hooked, programs[name])
     assert 2 <= products < 2.01
     assert work.allocated[WIDTH * D_WIDE] == 0
 
 
 def test_a_wide_sae_has_the_same_product_and_no_dense_decoding(hooked, monkeypatch):
     monkeypatch.setattr("saehook.kernels.WIDE_FROM", D_WIDE)
-    monkeypatch.setattr("saehook.kernels.by_blocks.LATENTS_AT_ONCE", 512)
+    monkeypatch.setattr("saehook.kernels.blockwise.LATENTS_AT_ONCE", 512)
     for program, decoded in ((Program(edits=[clamp(3, 1.0)]), 0), (Program(splice=True), 1)):
         products, work = of_the_sae(hooked, program)
         assert 1 <= products < 1.01

@@ -115,10 +115,11 @@ def duration(days: float) -> str:
 
 def numbers_of(plan: Plan) -> dict[str, object]:
     """The plan as plain data: bytes, seconds a step, days."""
-    skip = {"training", "layout", "storage", "parts"}
-    names = [name for name in dir(plan) if not name.startswith("_") and name not in skip]
-    facts = {name: getattr(plan, name) for name in names}
-    storage = plan.storage._asdict()
-    return vars(plan.training) | {"devices": plan.layout.devices, "device": vars(plan.layout.ceilings)} | facts | {
-        "storage": storage, "seconds": plan.parts
-    }  # fmt: skip
+    facts = {
+        name: getattr(part, name)
+        for part in (plan.training, plan)
+        for name, value in vars(type(part)).items()
+        if isinstance(value, property) and name != "parts"
+    }
+    devices = {"devices": plan.layout.devices, "data": plan.layout.data, "device": vars(plan.layout.ceilings)}
+    return vars(plan.training) | devices | facts | {"storage": plan.storage._asdict(), "seconds": plan.parts}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saehook.kernels import dense, product, reference, sparse
-from saehook.kernels.by_blocks import encode_above, encode_topk
+from saehook.kernels.blockwise import encode_above, encode_topk
 from saehook.kernels.device import queued
 from saehook.kernels.reference import Activated, Autoencoded, Encoded, Rule, Select
 from saehook.kernels.scratch import Scratch
