@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +114,7 @@ def test_without_threshold_it_is_an_error(wide):
         encode(sae, tokens())
 
 
+SOME_FIRE = functools.reduce(operator.or_, (latent(i) > 0.5 for i in range(8, 24)))
 PROGRAMS: dict[str, Program] = {
     "steer": Program(edits=[steer(3, 2.0), steer(5, 0.1, unit="norm")]),
     "clamp, ablate": Program(edits=[clamp(3, 2.0), scale([5, 7], 0.5, active_only=True), clamp(3, 1.0, unit="max")]),
@@ -120,9 +123,7 @@ PROGRAMS: dict[str, Program] = {
     "splice": Program(edits=[at_least(3, 1.0)], splice=True),
     "only splice": Program(splice=True),
     "mean": Program(edits=[clamp(3, 1.0)], error="mean"),
-    "conditions": Program(
-        edits=[steer(3, 2.0, when=(latent(8) > 0.2) | (latent(9) > 0.2) | (latent(10) > 0.2)), resampled(4, (0, 3))]
-    ),
+    "conditions": Program(edits=[steer(3, 2.0, when=SOME_FIRE), resampled(4, (0, 3))]),
 }
 
 

@@ -60,11 +60,11 @@ def main() -> None:
 
         check("steering from the file", steer_from_the_file, WEIGHTS / 4)
         hooked = model.attach(load_sae(folder))
-        strongest = hooked.latents(ids).top(2)
+        most, found = DENSE / 4, []
+        check("latents", lambda: found.append(hooked.latents(ids)), most)
+        strongest = found[0].top(2)
         assert len(strongest) == 2
         edits = [clamp(strongest[0].latent, 1.0), ablate(strongest[1].latent)]
-        most = DENSE / 4
-        check("latents", lambda: hooked.latents(ids), most)
         check("edits", lambda: hooked.generate(ids, edits, max_new_tokens=4), most)
         check("splice", lambda: hooked.generate(ids, edits, splice=True, max_new_tokens=4), most)
         with torch.no_grad():

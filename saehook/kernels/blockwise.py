@@ -13,8 +13,8 @@ from torch import Tensor
 
 from saehook.kernels.selection import Selection
 
-ENTRIES_AT_ONCE = 2**22
-"""Pre-activations that are held together: 16 MiB in float32."""
+ENTRIES_AT_ONCE = 2**20
+"""Pre-activations that are held together: 4 MiB in float32."""
 LATENTS_AT_ONCE = 2**16
 """At most; with few tokens that is what bounds a block."""
 
