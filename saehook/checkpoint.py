@@ -154,10 +154,22 @@ def _architecture(config: SAEConfig) -> str:
     return next(name for name, known in _TRANSCODERS.items() if known == (kind, config.skip))
 
 
-def load_sae(path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> SAE:
+def load_sae(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    mapped: bool = False,
+) -> SAE:
     """Read an SAE from a folder in the SAELens layout; bf16 weights become float32 unless `dtype` says otherwise.
 
+    Args:
+        mapped: leave the weights in the file, in its dtype, and read only what is used: of the decoder the rows of steered
+            latents. On the CPU, whatever `dtype` says; what is read is then checked when it is used. The file must not be
+            overwritten in place meanwhile (`save_sae` puts a new one there).
+
     Raises:
+        ArgumentError: `mapped`, and another device than the CPU.
         FileError: the folder or one of its files is missing or unreadable.
         FormatError: damaged, unsafe, or of an unknown format; the message says what was expected.
     """
@@ -188,12 +200,17 @@ def load_sae(path: str | Path, *, device: str | torch.device | None = None, dtyp
         shapes["threshold"] = (d_sae,)
     if config.skip:
         shapes["W_skip"] = (d_out, d_in)
-    tensors = _read_tensors(path / WEIGHTS, shapes)
-    sae = SAE(config, site=site, site_out=site_out, device="meta", dtype=dtype)
-    sae.source = path.resolve()
+    if mapped and device is not None and torch.device(device).type != "cpu":
+        raise ArgumentError(
+            f"mapped=True leaves the weights in the file, so they cannot be on {device}. Leave one out."
+        )
+    tensors = _read_tensors(path / WEIGHTS, shapes, read=not mapped)
+    sae = SAE(config, site=site, site_out=site_out, device="meta", dtype=tensors["W_enc"].dtype if mapped else dtype)
+    sae.source, sae.mapped = path.resolve(), mapped
     for name, tensor in tensors.items():
-        tensor = tensor.to(device or "cpu", torch.float32 if name == "threshold" else dtype)
-        setattr(sae, name, nn.Parameter(tensor))
+        if not mapped or tensor.ndim < 2:
+            tensor = tensor.to(device or "cpu", torch.float32 if name == "threshold" else sae.dtype)
+        setattr(sae, name, nn.Parameter(tensor, requires_grad=not mapped))
     if (path / STATS).exists():
         sae.stats = _read_stats(path / STATS, d_sae, d_out)
     if "mask_rule" in ours:
@@ -283,9 +300,16 @@ def _sae_config(data: dict[str, Any], path: Path) -> SAEConfig:
 
 
 def _read_tensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], optional: dict[str, tuple[int, ...]] | None = None
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    optional: dict[str, tuple[int, ...]] | None = None,
+    *,
+    read: bool = True,
 ) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, those of `shapes` and maybe of `optional`, finite and of a float dtype."""
+    """The tensors of a safetensors file, those of `shapes` and maybe of `optional`, finite and of a float dtype.
+
+    Without `read` matrices are left where they are, as views of the file, and not looked at.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -324,7 +348,7 @@ def _read_tensors(
     except OSError as error:
         raise FileError(f"cannot read {path}: {error}.") from None
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if (read or tensor.ndim < 2) and not torch.isfinite(tensor).all():
             raise FormatError(f"{path}: {name} holds NaN or infinity; the file is damaged.")
     return tensors
 

@@ -21,6 +21,7 @@ from saehook.positions import TokenView
 from saehook.readback import solve
 from saehook.row_edits import Dose, Prepared, RowEdits, together
 from saehook.sae import SAE
+from saehook.sparse_acts import Acts, columns_of, decode_with, encode_for, pre_and_acts, sum_others
 from saehook.tracks import Conditions, LatentTrack
 
 
@@ -81,12 +82,12 @@ class Encoder:
     def __init__(self, sae: SAE) -> None:
         """`sae`: whose `encode`."""
         self.sae = sae
-        self._known: tuple[Tensor, TokenView, Tensor] | None = None
+        self._known: tuple[Tensor, TokenView, Acts] | None = None
 
-    def __call__(self, x: Tensor, view: TokenView) -> Tensor:
+    def __call__(self, x: Tensor, view: TokenView) -> Acts:
         """[rows, n, d_sae]."""
         if self._known is None or self._known[0] is not x or self._known[1] is not view:
-            self._known = x, view, self.sae.encode(x)
+            self._known = x, view, encode_for(self.sae, x)
         return self._known[2]
 
 
@@ -160,7 +161,7 @@ class LatentBlock(Block):
         sae.check_latents(tuple(used))
         column = {latent: i for i, latent in enumerate(used)}
         self.latents = torch.tensor(used, dtype=torch.long, device=sae.device)
-        self.rows = sae.W_dec[self.latents].float()
+        self.rows = sae.decoder_rows(self.latents).float()
         self.edits = []
         for index, edit in edits:
             meant = edit.latents
@@ -219,7 +220,7 @@ class LatentBlock(Block):
         keep = view.mask(sae.mask_rule, mask_norm)
         scale = sae.scale(seen.x32)
         acts = self.encode(read, view) if self.reads_latents else None
-        current = acts[..., self.latents].float() if acts is not None else None
+        current = columns_of(acts, self.latents).float() if acts is not None else None
         unit_norm = seen.norm if scale is None else seen.norm / scale.squeeze(-1)
         delta, touched, emptied, others = None, None, None, None
         read_back: list[tuple[Prepared, Tensor]] = []
@@ -245,7 +246,7 @@ class LatentBlock(Block):
             if p.edit.op == "keep_only":
                 assert acts is not None
                 if others is None:
-                    others = acts.float().index_fill(-1, self.latents, 0.0) @ sae.W_dec.float()
+                    others = sum_others(sae, acts, self.latents)
                 newly = selected if emptied is None else selected & ~emptied
                 emptied = selected if emptied is None else selected | emptied
                 part = part - torch.where(newly[..., None], others, 0.0)
@@ -264,11 +265,9 @@ class LatentBlock(Block):
         if program.splice:  # tokens outside the mask that an edit names are edited all the same
             touched = keep if touched is None else keep | touched
         assert touched is not None
-        if emptied is not None:
-            acts = torch.where(emptied[..., None], 0.0, acts)
-        if active:
-            acts = acts.index_copy(-1, self.latents, current.to(acts.dtype))
-        new = sae.decode(acts, seen.x32 if self.source is None else read).float()
+        edited = self.latents if active else self.latents[:0]
+        values = current[..., : len(edited)]
+        new = decode_with(sae, acts, edited, values, emptied, seen.x32 if self.source is None else read).float()
         return Change(touched, new=new if self.mean_error is None else new + self.mean_error)
 
     def _change(self, p: RowEdits, current: Tensor | None, norm: Tensor) -> Tensor:
@@ -330,13 +329,12 @@ class LatentBlock(Block):
         latents = self.latents[columns]
         encoder, rows = sae.W_enc[:, latents].float(), self.rows[columns]
         before = seen.x32 if delta is None else seen.x32 + delta
-        pre_acts = sae.pre_acts(before)
-        pre, acts = (values[..., latents].float() for values in (pre_acts, sae.activate(pre_acts)))
+        pre, acts = pre_and_acts(sae, before, latents)
         goal = torch.where(target != 0, target, pre.clamp_max(0.0))
         goal = torch.where(acts == target, pre, goal)
         amount = solve(rows @ encoder, torch.where(wanted, goal - pre, 0.0), wanted)
         part = amount @ rows
-        again = sae.encode(before + part)[..., latents].float()
+        again = columns_of(encode_for(sae, before + part), latents).float()
         for p, selected in edits:
             mine = torch.isin(columns, p.columns)
             p.dose.add(selected, (amount[..., mine] @ rows[mine]).detach(), seen.norm.detach(), view.fresh)
@@ -399,8 +397,9 @@ class WatchAction:
     def __init__(self, encoder: Encoder, track: LatentTrack) -> None:
         encoder.sae.check_latents(tuple(track.latents))
         self.encode, self.track = encoder, track
+        self.latents = torch.tensor(track.latents, dtype=torch.long, device=encoder.sae.device)
 
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
         mask = view.mask(self.encode.sae.mask_rule, norm_of(x.detach()))
-        self.track.note(self.encode(x, view), mask, view)
+        self.track.note(columns_of(self.encode(x, view), self.latents), mask, view)
         return x

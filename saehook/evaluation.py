@@ -246,9 +246,10 @@ def _measure(
     """Reconstruction and firing at every site, on clean activations; and the mask of every SAE, [rows, length]."""
     for site, (x, y, mask) in read_sites(hooked, ids).items():
         masks[site].append(mask)
-        if len(x):
-            out = hooked.saes[site](x)
-            measured[site][0].update(y, out.x_hat)
+        sae = hooked.saes[site]
+        for some, target in zip(sae.pieces(x), sae.pieces(y), strict=True) if len(x) else ():
+            out = sae(some)
+            measured[site][0].update(target, out.x_hat)
             measured[site][1].update(out.acts)
 
 
@@ -343,12 +344,13 @@ def measure_stats(hooked: HookedSAEs, tokens: Windows | Tensor, *, progress: boo
             ids.split(max(1, 4096 // ids.shape[1])), desc="measuring", unit="batch", disable=not progress
         ):
             for site, clean in read_sites(hooked, batch).items():
-                if len(clean.x):
-                    firing, histogram, error = measured[site]
-                    out = hooked.saes[site](clean.x)
+                firing, histogram, error = measured[site]
+                sae = hooked.saes[site]
+                for x, y in zip(sae.pieces(clean.x), sae.pieces(clean.y), strict=True) if len(clean.x) else ():
+                    out = sae(x)
                     firing.update(out.acts)
                     histogram.update(out.acts)
-                    error.update(clean.y - out.x_hat)
+                    error.update(y - out.x_hat)
     stats = {}
     for site, (firing, histogram, error) in measured.items():
         if firing.count is None:

@@ -718,11 +718,12 @@ class HookedModel(Runs):
         keep = keep_mask(ids, None, special_ids(self.tokenizer), sae.mask_rule.skip_first_tokens).to(x.device)
         keep = keep & ~is_outlier(torch.linalg.vector_norm(x, dim=-1), sae.mask_rule)
         x, y = x[keep], y[keep]
-        with torch.no_grad():
-            out = sae(x)
         reconstruction, firing = Reconstruction(), Firing()
-        reconstruction.update(y, out.x_hat)
-        firing.update(out.acts)
+        with torch.no_grad():
+            for some, target in zip(sae.pieces(x), sae.pieces(y), strict=True):
+                out = sae(some)
+                reconstruction.update(target, out.x_hat)
+                firing.update(out.acts)
         norm = float(torch.linalg.vector_norm(x.double(), dim=-1).mean())
         return {"fvu": reconstruction.fvu, "l0": firing.l0, "mean_norm": norm, "token_ids": ids.tolist()}
 

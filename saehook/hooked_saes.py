@@ -20,6 +20,7 @@ from saehook.positions import Positions
 from saehook.results import Latents, Report
 from saehook.runs import Runs, frozen
 from saehook.sites import resolve, same_site
+from saehook.sparse_acts import encode_for
 from saehook.where import EVERYWHERE, Where
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ class HookedSAEs(Runs):
                 rows.append(
                     Latents(
                         site=name,
-                        acts=sae.encode(values[mask.to(values.device)]),
+                        held=encode_for(sae, values[mask.to(values.device)]),
                         ids=ids,
                         tokens=[self.tokenizer.decode([i]) for i in ids.tolist()],
                         mask=keep[mask],

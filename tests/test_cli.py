@@ -1,8 +1,11 @@
 """The commands, run as a user runs them: on the bundled files, and on a model and SAE of one's own."""
 
 import json
+import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from builders import build_lm, byte_tokenizer
 import saehook
 from saehook import Program, steer
 from saehook.cli import main
+from saehook.commands import demo
 
 WORDS = "the cat sees a red house and the dog runs under the tree . " * 200
 
@@ -124,6 +128,48 @@ def test_demo_without_arguments_prints_the_table_of_the_bundled_files(capsys, tm
     assert "recovered" in capsys.readouterr().out
 
 
+def test_demo_has_a_table_before_anything_is_measured(own):
+    hooked = saehook.HookedModel.from_pretrained(own["lm"]).attach(saehook.load_sae(own["sae"]))
+    bundled = {"layers.2.resid_post": saehook.bundled("sae"), "layers.3.mlp_out": saehook.bundled("sae-mlp")}
+    stored = json.loads((saehook.bundled("sae").parent / "eval.json").read_text())
+    found = demo.recorded(hooked, bundled)
+    assert found is not None
+    assert json.loads(found.to_json()) == stored
+    measured = json.loads((own["out"] / "eval.json").read_text())["results"][0]
+    (site,) = hooked.sites
+    found = demo.recorded(hooked, {site: own["sae"]})
+    assert found is not None
+    assert vars(found.results[0]) == measured | {"sae": own["sae"].name, "site": site}
+    del hooked.saes[site].metadata["evaluation"]
+    assert demo.recorded(hooked, {site: own["sae"]}) is None
+
+
+@pytest.mark.slow
+def test_demo_serves_first_and_measures_then():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "saehook", "demo", "--port", str(port), "--tokens", "1k"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("measured again"):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as page:
+                    assert page.status == 200
+            if "tokens; losses" in line and len([x for x in lines if "tokens; losses" in x]) == 2:
+                break
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    said = "".join(lines)
+    assert said.startswith("recorded when the SAEs were made")
+    assert said.index("100,206 tokens") < said.index("serving on") < said.index("measured again")
+    assert process.returncode in (0, 130)
+
+
 def test_generate_and_sites_work_without_arguments(capsys):
     assert main(["generate", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("def load(path):\n")
@@ -165,7 +211,7 @@ def test_counts_that_are_none(text):
     assert "is not a count" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "eval", "train", "generate", "replay", "export", "stats", "sites"])
+@pytest.mark.parametrize("command", ["demo", "eval", "train", "generate", "replay", "export", "stats", "sites", "plan"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "saehook"
 LAYERS = [
     "errors metrics kernels/*",
     "config corpus hub dataset_text bundle files gguf loggers fields metrics_log",
-    "losses activation_fns where conditions schedules interventions sites conversation tokenization sweep run_state",
-    "sae row_text positions optim batches tracks readback program_file",
+    "losses activation_fns where conditions schedules interventions sites conversation tokenization sweep run_state plan",
+    "sae sparse_acts row_text positions optim batches tracks readback program_file",
     "checkpoint row_edits edit_blocks editing results edit_plan full_report sampling_noise calibration methods",
     "runs attribution dose_response kl_strength hooked_saes hooked_model streaming sae_run trainer",
     "harvest activation_cache evaluation kl_tuning replay export",
