@@ -379,17 +379,25 @@ class _Taps:
             try:
                 # nnsight wants an input to assemble; what runs is `call`, with inputs of its own.
                 result = self.edited.trace(_NO_INPUT, fn=lambda *_, **__: call(), trace=False)
+            except StopForward:
+                _check_visited(actions, visited)
+                raise
             finally:
                 self.positions, self.view, self.prefix = None, None, None
                 for point in self.points.values():
                     point.action = None
-        missing = [name for name in actions if name not in visited]
-        if missing:
-            raise SiteNotExecutedError(
-                f"the model did not run {', '.join(missing)} (a skipped layer or an unused expert?), so what was asked for "
-                "there did not happen. Attach at a site that every forward pass reaches."
-            )
+        _check_visited(actions, visited)
         return result
+
+
+def _check_visited(actions: Iterable[str], visited: Mapping[str, Any]) -> None:
+    """Raises SiteNotExecutedError where a site with an action did not run."""
+    missing = [name for name in actions if name not in visited]
+    if missing:
+        raise SiteNotExecutedError(
+            f"the model did not run {', '.join(missing)} (a skipped layer or an unused expert?), so what was asked for "
+            "there did not happen. Attach at a site that every forward pass reaches."
+        )
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -666,7 +674,7 @@ class HookedModel(Runs):
         for name, (sae, _, writes) in attached.items():
             sae.to(self.device)
             if check == "fingerprint":
-                self._check_fingerprint(name, writes, sae)
+                self.check_fingerprint(name, writes, sae)
         with self._lock:
             taps = _Taps(self._nnsight, list(sites.values()), attached, self._lock)
         return HookedSAEs(self, taps, attached)
@@ -739,7 +747,13 @@ class HookedModel(Runs):
         norm = float(torch.linalg.vector_norm(x.double(), dim=-1).mean())
         return {"fvu": reconstruction.fvu, "l0": firing.l0, "mean_norm": norm, "token_ids": ids.tolist()}
 
-    def _check_fingerprint(self, site: str, site_out: str, sae: SAE) -> None:
+    def check_fingerprint(self, site: str, site_out: str, sae: SAE) -> None:
+        """Measure an SAE that reads `site` and writes `site_out` on the tokens of the fingerprint in its file.
+
+        Raises:
+            MissingStatError: its file holds none.
+            SiteError: FVU, L0 or norm differ by more than a factor of `FINGERPRINT_FACTOR`.
+        """
         recorded = sae.metadata.get("fingerprint")
         if not recorded:
             raise MissingStatError(

@@ -81,6 +81,16 @@ class HookedSAEs(Runs):
         self._taps.check_open()
         return self._taps.edited
 
+    def check_fingerprints(self) -> None:
+        """Measure each SAE whose file records a fingerprint on the tokens recorded there.
+
+        Raises:
+            SiteError: one does something else than its file says: it belongs to another model, revision or site.
+        """
+        for name, one in self.attached.items():
+            if one.sae.metadata.get("fingerprint"):
+                self.model.check_fingerprint(name, one.writes, one.sae)
+
     def resolve_site(self, site: str | None) -> str:
         """The attached site that is meant; None where only one is attached.
 

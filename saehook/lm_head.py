@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saehook.editing import Action, ReadAction
+from saehook.editing import Action, ChainAction, ReadAction
 from saehook.errors import ArgumentError, SaehookError
 from saehook.hooked_saes import HookedSAEs
 from saehook.prefix import Follower
@@ -88,7 +88,8 @@ class Head:
         if self.site is None:
             return self.hooked.run(ids, actions, prefix=prefix).logits
         reader = ReadAction([], stop=True)
-        self.hooked.run(ids, {**actions, self.site: reader}, prefix=prefix)
+        last = ChainAction([actions[self.site], reader]) if self.site in actions else reader
+        self.hooked.run(ids, {**actions, self.site: last}, prefix=prefix)
         assert reader.value is not None
         return reader.value
 
@@ -101,17 +102,20 @@ class Head:
         itself may be among them."""
         step = max(1, CHUNK_LOGITS // self.hooked.lm.get_input_embeddings().num_embeddings)
         parts: list[list[Scores]] = [[] for _ in others]
-        for start in range(0, len(targets), step):
+        for start in range(0, max(1, len(targets)), step):
             rows = slice(start, start + step)
             log_p = self._log_probs(clean[rows])
             p, best, next_ids = log_p.exp(), log_p.argmax(-1), targets[rows, None]
+            absent = p == 0
+            absent = absent if absent.any() else None
             for found, states in zip(parts, others, strict=True):
                 log_q = log_p if states is clean else self._log_probs(states[rows])
                 ce = -log_q.gather(1, next_ids)[:, 0]
                 agrees = (log_q.argmax(-1) == best).float()
-                # Where p is 0 in float32 its term is 0, whatever log q.
-                kl = torch.linalg.vecdot(p, log_p.sub(log_q).masked_fill_(p == 0, 0.0))
-                found.append(Scores(ce, kl, agrees))
+                change = log_p - log_q
+                if absent is not None:  # 0 · log 0 = 0
+                    change.masked_fill_(absent, 0.0)
+                found.append(Scores(ce, torch.linalg.vecdot(p, change), agrees))
         return [Scores(*(torch.cat(each) for each in zip(*part, strict=True))) for part in parts]
 
     def _log_probs(self, states: Tensor) -> Tensor:

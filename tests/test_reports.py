@@ -21,7 +21,7 @@ from saehook.checkpoint import load_sae, save_sae
 from saehook.config import BatchTopK, TopK, TrainConfig
 from saehook.corpus import Document
 from saehook.errors import FileError
-from saehook.evaluation import EvalResult
+from saehook.eval_result import EvalResult
 from saehook.hooked_model import HookedModel
 from saehook.reports import CHARTS, write_report
 from saehook.sae import LatentStats
