@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from saehook.errors import FormatError
+from saehook.errors import ArgumentError, FormatError
 from saehook.intervals import MIN_SEQUENCES
 
 CLEAR = 0.1
@@ -93,6 +93,21 @@ class EvalResult:
 
     results: list[EvalRow]
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def with_block(self, name: str, blocks: Mapping[str, dict[str, Any]]) -> EvalResult:
+        """A copy in which `blocks`, plain data by the name of the SAE, stand in the rows' `extra` as `name`.
+
+        Raises:
+            ArgumentError: a name that no row has.
+        """
+        known = [row.sae for row in self.results]
+        if unknown := [sae for sae in blocks if sae not in known]:
+            raise ArgumentError(f"no row is called {', '.join(unknown)}; there are {', '.join(known)}.")
+        rows = [
+            dataclasses.replace(row, extra=row.extra | {name: blocks[row.sae]}) if row.sae in blocks else row
+            for row in self.results
+        ]
+        return EvalResult(rows, self.provenance)
 
     def to_json(self) -> str:
         """`{"results": [...], "provenance": {...}}`, floats unrounded, null for what is not finite."""

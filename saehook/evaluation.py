@@ -104,7 +104,7 @@ def evaluate(
         )
     if check not in ("fingerprint", "off"):
         raise ArgumentError(f"check={check!r} is unknown; expected 'fingerprint' or 'off'.")
-    if check == "fingerprint":
+    if checked := check == "fingerprint":
         hooked.check_fingerprints()
     run = _Evaluation(hooked, ids, joint=joint)
     batches = ids.split(run.rows_at_once)
@@ -118,7 +118,7 @@ def evaluate(
     results = [run.row(name, (names or {}).get(name, name), seed) for name in hooked.sites]
     if run.together:
         results.append(run.joint_row(seed))
-    return EvalResult(results, _provenance(hooked, tokens, run, seed))
+    return EvalResult(results, _provenance(run, tokens, checked=checked, seed=seed))
 
 
 class _Evaluation:
@@ -349,7 +349,9 @@ def _of_source(sae: SAE, source: SourceAction, mask: Tensor, _: Tensor) -> Tenso
     return reconstruct(sae, x[mask.to(x.device)])
 
 
-def _provenance(hooked: HookedSAEs, tokens: Windows | Tensor, run: _Evaluation, seed: int) -> dict[str, Any]:
+def _provenance(run: _Evaluation, tokens: Windows | Tensor, *, checked: bool, seed: int) -> dict[str, Any]:
+    hooked = run.hooked
+    fits = "fits" if checked else "not checked"
     text = (
         {
             "sha256": tokens.text_sha256,
@@ -376,6 +378,7 @@ def _provenance(hooked: HookedSAEs, tokens: Windows | Tensor, run: _Evaluation, 
                 "activation": activation_to_dict(sae.config.activation),
                 "dtype": str(sae.dtype).removeprefix("torch."),
                 "mask_rule": str(sae.mask_rule),
+                "fingerprint": fits if sae.metadata.get("fingerprint") else "none in the file",
             }
             for name, sae in hooked.saes.items()
         },

@@ -80,7 +80,7 @@ class Fidelity:
             if counts:
                 self.fired += torch.count_nonzero(out.acts, dim=0)
                 self._count_l0(l0.cpu())
-            found.append(_of_tokens(target.double(), out.x_hat.double(), self.mean) | {"l0": l0})
+            found.append(_of_tokens(target.double(), out.x_hat.double(), self.mean) | {"l0": l0.to(y.device)})
             parts.append(out.x_hat)
         names = [*_of_tokens(y[:0].double(), y[:0].double(), self.mean), "l0"]
         values = {name: torch.cat([y.new_empty(0), *(part[name] for part in found)]) for name in names}

@@ -61,7 +61,7 @@ class RowLosses:
             sums = {name: float(each[first:end].sum()) for name, each in self.by_position.items()}
             if n := sums.pop("n"):
                 found["position"].append(first)
-                found["tokens"].append(n)
+                found["tokens"].append(int(n))
                 for name, value in sums.items():
                     found.setdefault(name, []).append(value / n)
         return found
