@@ -75,7 +75,7 @@ def _numbers(rows: list[EvalRow]) -> str:
     names = [name for name in known if any(getattr(row, name) is not None for row in rows)]
     body = []
     for row in rows:
-        first = "<br>".join(dict.fromkeys(map(escape, (row.sae, row.site))))
+        first = "<br/>".join(dict.fromkeys(map(escape, (row.sae, row.site))))
         body.append((first, [_with_interval(row, name) for name in names]))
     note = "Losses in nats per token; in brackets 95 % intervals by a bootstrap over windows. Dead: fired on none of the tokens."
     return table(["sae, site", *(name.replace("_", " ") for name in names)], body) + f"<p>{note}</p>"
@@ -154,7 +154,7 @@ def _other_blocks(rows: list[EvalRow]) -> Iterator[str]:
         found = [(row.sae, dict(flat(row.extra[name]))) for row in rows if name in row.extra]
         keys = list(dict.fromkeys(key for _, values in found for key in values))
         body = [(escape(sae), [values.get(key, "–") for key in keys]) for sae, values in found]
-        yield section(name.replace("_", " ").capitalize(), table(["sae", *keys], body))
+        yield section(escape(name.replace("_", " ").capitalize()), table(["sae", *keys], body))
 
 
 def _provenance(result: EvalResult) -> str:

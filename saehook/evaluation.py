@@ -137,6 +137,7 @@ class _Evaluation:
             place: min(layers_before(hooked.lm, resolve(hooked.lm, site)[0]) for site in place[:2])
             for place in dict.fromkeys(self.places.values())
         }
+        self.sites = list(dict.fromkeys(site for place in self.depths for site in place[:2]))
         self.means = {place: Moments() for place in self.depths}
         self.masks: dict[_Place, list[Tensor]] = {place: [] for place in self.depths}
         self.nan_tokens = dict.fromkeys(self.depths, 0)
@@ -149,7 +150,7 @@ class _Evaluation:
     def prepare(self, ids: Tensor) -> None:
         """First pass over a batch: masks, and the sums for the means."""
         group: list[ReadAction] = []
-        readers = {site: ReadAction(group, stop=True) for place in self.depths for site in place[:2]}
+        readers = {site: ReadAction(group, stop=True) for site in self.sites}
         self.hooked.run(ids, readers)
         self.bar.update()
         for place in self.depths:
@@ -159,7 +160,7 @@ class _Evaluation:
             mask = x.mask(place.rule)
             finite = x.value.isfinite().all(-1) & y.value.isfinite().all(-1).to(mask.device)
             self.nan_tokens[place] += int((mask & ~finite).sum())
-            mask &= finite
+            mask = mask & finite  # not in place: it may be the view's own
             self.means[place].update(y.value[mask.to(y.value.device)])
             self.masks[place].append(mask.cpu())
 
@@ -188,7 +189,7 @@ class _Evaluation:
     def score(self, ids: Tensor, batch: int) -> None:
         """Second pass: every variant on a batch."""
         prefix = Prefix(self.depths.values())
-        sources = {site: SourceAction(site) for place in self.depths for site in place[:2]}
+        sources = {site: SourceAction(site) for site in self.sites}
         clean = self.head.run(ids, sources, prefix)
         self.bar.update()
         rows = {name: self.mask(name, batch) for name in self.losses}

@@ -468,6 +468,11 @@ class HookedModel(Runs):
         """`lm` and `tokenizer`: loaded Hugging Face objects; neither is changed. See `from_pretrained`."""
         if tokenizer is None:
             raise ArgumentError("a loaded model needs its tokenizer, too: HookedModel.from_pretrained(lm, tokenizer).")
+        if not lm.can_generate():
+            raise ArgumentError(
+                f"{type(lm).__name__} has no language-model head, so it has neither a loss nor next tokens. Load it with "
+                "AutoModelForCausalLM, or HookedModel.from_pretrained(path)."
+            )
         self.lm = lm.eval()
         self.tokenizer = tokenizer
         self.model_id = model_id or getattr(lm.config, "name_or_path", None) or type(lm).__name__

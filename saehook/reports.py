@@ -199,7 +199,7 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
     numbers = [key for key in keys if key not in words]
     body = [
         (
-            "<br>".join(dict.fromkeys(escape(row.get(key, "")) for key in words)),
+            "<br/>".join(dict.fromkeys(escape(row.get(key, "")) for key in words)),
             [human(row.get(k), _is_share(k)) for k in numbers],
         )
         for row in rows

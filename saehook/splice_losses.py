@@ -20,7 +20,7 @@ LOSSES: dict[str, Ratio] = {
     "ce_spliced": lambda s: s["ce_spliced"] / s["n"],
     "ce_zero": lambda s: s["ce_zero"] / s["n"],
     "ce_mean": lambda s: s["ce_mean"] / s["n"],
-    "delta_ce": lambda s: (s["ce_spliced"] - s["ce_clean"]) / s["n"],
+    "delta_ce": lambda s: s["ce_spliced"] / s["n"] - s["ce_clean"] / s["n"],
     "ce_recovered_zero": lambda s: (s["ce_zero"] - s["ce_spliced"]) / (s["ce_zero"] - s["ce_clean"]),
     "ce_recovered_mean": lambda s: (s["ce_mean"] - s["ce_spliced"]) / (s["ce_mean"] - s["ce_clean"]),
     "kl": lambda s: s["kl"] / s["n"],

@@ -61,7 +61,7 @@ def test_eval_prints_a_table_and_writes_json(own, tmp_path, capsys):
     assert row["tokens"] >= 2000
     assert row["delta_ce"] == row["ce_spliced"] - row["ce_clean"]
     said = capsys.readouterr().out
-    assert f"{row['delta_ce']:.3f}" in said
+    assert f"{row['ce_spliced']:.3f}" in said
     assert f"tokens that count: {saehook.load_sae(own['sae']).mask_rule}" in said
 
 

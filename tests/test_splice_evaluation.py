@@ -130,8 +130,8 @@ def test_the_joint_row_is_the_spliced_model_and_agreement_and_positions_are_by_h
     assert joint.top1 == pytest.approx(agrees.float().mean().item(), abs=1e-6)
     assert 0 < joint.top1 < 1
     block = joint.extra["positions"]
-    assert block["position"] == list(range(1, 19))
-    assert block["tokens"] == [14] * 18
+    assert block["position"] == list(range(1, 20))
+    assert block["tokens"] == [14] * 19
     assert block["ce_spliced"] == pytest.approx(ce["ce_spliced"].mean(0)[1:].tolist(), abs=1e-5)
     low, high = joint.intervals["ce_clean"]
     assert low < joint.ce_clean < high
