@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saehook.config import MaskRule
-from saehook.edit_blocks import Block, LatentBlock, Seen, SourceAction, norm_of
+from saehook.edit_blocks import Block, LatentBlock, Seen, norm_of
 from saehook.errors import ArgumentError
 from saehook.interventions import Cap, Program
 from saehook.positions import TokenView
@@ -132,15 +132,17 @@ class ChainAction:
 
 
 class ReplaceAction:
-    """A fixed vector on every token of the mask: zero and mean ablation."""
+    """Other vectors on given tokens; the rest keep their bits."""
 
-    def __init__(self, vector: Tensor, rule: MaskRule, source: SourceAction | None = None) -> None:
-        """`vector`: [d]; `rule`: of the SAE whose mask is meant; `source`: what a transcoder reads."""
-        self.vector, self.rule, self.source = vector, rule, source
+    def __init__(self, mask: Tensor, new: Callable[[Tensor], Tensor]) -> None:
+        """`mask`: [rows, length] of the input; `new`: x' [n, d] of the n tokens of the mask, from their x [n, d]."""
+        self.mask, self.new = mask, new
 
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
-        keep = view.mask(self.rule, norm_of(x if self.source is None else self.source.take()))
-        return torch.where(keep[..., None], self.vector.to(x.device, x.dtype), x)
+        mask = self.mask.to(x.device)
+        replaced = x.clone()
+        replaced[mask] = self.new(x[mask]).to(x.device, x.dtype)
+        return replaced
 
 
 class StopForward(Exception):

@@ -21,7 +21,7 @@ from saehook.config import BatchTopK, JumpReLU, Matryoshka, Method, MultiTopK, R
 from saehook.interventions import AnyEdit
 from saehook.kernels import Scratch
 from saehook.sae import SAE
-from saehook.trainer import Run
+from saehook.sae_run import SAERun
 
 SITE = "layers.0.resid_post"
 TOKENS, D_IN, D_SAE, K = 96, 40, 4096, 4
@@ -62,7 +62,7 @@ def stepper(name: str, firing: float = K) -> Callable[[], None]:
         site=SITE, activation=method, d_sae=D_SAE, tokens=10**9, batch_tokens=TOKENS, target_l0=target, lr=1e-6
     )
     facts = InputFacts.measure(x, SITE)
-    run, scratch = Run(config, name, facts), Scratch()
+    run, scratch = SAERun(config, name, facts), Scratch()
     if target is not None:
         with torch.no_grad():
             pre_acts = (x * facts.scale - run.sae.b_dec) @ run.sae.W_enc

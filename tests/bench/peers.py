@@ -29,7 +29,7 @@ from saehook.batches import InputFacts
 from saehook.config import TopK, TrainConfig
 from saehook.errors import SaehookError
 from saehook.kernels import Scratch
-from saehook.trainer import Run
+from saehook.sae_run import SAERun
 
 PACKAGES = {
     "sparsify": "eai-sparsify==1.3.3",
@@ -102,7 +102,7 @@ class Peer:
 class Ours:
     """The run of ours with a peer's mathematics."""
 
-    run: Run
+    run: SAERun
     batches: torch.Tensor
     scratch: Scratch
 
@@ -116,7 +116,7 @@ class Ours:
             site=SITE, activation=TopK(k=k), d_sae=d_sae, tokens=10**9, batch_tokens=batches.shape[1], lr=LR, warmup_steps=0,
             decay_share=0.0, adam_eps=1e-8 * share, clip_norm=0.0 if peer == "sparsify" else share, ema_decay=0.0,
         )  # fmt: skip
-        run = Run(config, "topk", facts)
+        run = SAERun(config, "topk", facts)
         if peer == "saelens":
             run.optimizer.W_dec = None
         return cls(run, batches, Scratch())
