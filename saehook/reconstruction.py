@@ -37,8 +37,12 @@ RATIOS: dict[str, Ratio] = {
 
 def reconstruct(sae: SAE, x: Tensor) -> Tensor:
     """x_hat [n, d_out] of tokens [n, d_in], with few latent activations in memory."""
-    parts = [sae(some).x_hat for some in x.split(max(1, MAX_ACTS // sae.d_sae))]
+    parts = [sae(some).x_hat for some in x.split(_tokens_at_once(sae))]
     return torch.cat([x.new_empty(0, sae.d_out, dtype=sae.dtype), *parts])
+
+
+def _tokens_at_once(sae: SAE) -> int:
+    return max(1, min(MAX_ACTS // sae.d_sae, sae.tokens_at_once or MAX_ACTS))
 
 
 class Fidelity:
@@ -73,7 +77,7 @@ class Fidelity:
         x, y = x[mask], y[mask.to(y.device)]
         found: list[dict[str, Tensor]] = []
         parts = [y.new_empty(0, self.sae.d_out, dtype=self.sae.dtype)]
-        step = max(1, MAX_ACTS // self.sae.d_sae)
+        step = _tokens_at_once(self.sae)
         for some, target in zip(x.split(step), y.split(step), strict=True):
             out = self.sae(some)
             l0 = torch.count_nonzero(out.acts, dim=-1)

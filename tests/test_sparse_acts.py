@@ -34,8 +34,9 @@ from saehook import resample as resampled
 from saehook.config import BatchTopK, TopK
 from saehook.edit_blocks import Encoder
 from saehook.errors import ArgumentError, FormatError, LatentError, MissingStatError
-from saehook.evaluation import evaluate, measure_stats
+from saehook.evaluation import evaluate
 from saehook.kernels import blockwise
+from saehook.latent_stats import measure_stats
 from saehook.sae import SAE
 from saehook.sparse_acts import SparseActs, encode
 
@@ -187,7 +188,7 @@ def test_a_result_too_large_is_refused_and_the_others_go_on(wide, monkeypatch, m
         hooked.latents(IDS).acts  # noqa: B018
     assert hooked.latents(IDS).l0().sum() > 0
     again = evaluate(hooked, torch.tensor([IDS, IDS]), progress=False)
-    numbers = [{k: v for k, v in vars(r.results[0]).items() if k not in {"sae", "site"}} for r in (again, dense)]
+    numbers = [{k: v for k, v in r.results[0].numbers().items() if k not in {"sae", "site"}} for r in (again, dense)]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
     torch.testing.assert_close(measure_stats(hooked, torch.tensor([IDS]), progress=False)[SITE].max_act, stats.max_act)
     dense_path(monkeypatch)
