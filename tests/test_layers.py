@@ -23,7 +23,7 @@ LAYERS = [
     "sampling_noise calibration methods",
     "runs attribution dose_response kl_strength hooked_saes hooked_model streaming sae_run trainer",
     "harvest activation_cache lm_head evaluation latent_stats kl_tuning replay export",
-    "charts page reports eval_report training_run",
+    "charts page reports eval_report training_run suite/* adapters/*",
     "app/*",
     "commands/* cli __main__ __init__",
 ]

@@ -1,0 +1,1 @@
+"""The slow metrics of an SAE; `run.py` runs them all."""

@@ -1,0 +1,220 @@
+"""All slow metrics of the attached SAEs on one text, as plain data: what `saehook eval --suite full` adds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saehook import corpus
+from saehook.errors import ArgumentError
+from saehook.suite.ablation_sparsity import ablation_sparsity
+from saehook.suite.absorption import absorption
+from saehook.suite.attribution_accuracy import attribution_accuracy
+from saehook.suite.explanations import explanations
+from saehook.suite.latent_quality import latent_quality
+from saehook.suite.measure import Measure
+from saehook.suite.probe_loss import Examples, check_tasks, probe_loss, read_examples
+from saehook.suite.probe_tasks import ProbeTask, make_tasks
+from saehook.suite.progressive_code import default_ks, loss_by_k, progressive_code
+from saehook.suite.sample import Sample, ids_of, read_samples, spread
+from saehook.suite.shrinkage import shrinkage
+from saehook.suite.steering import steering
+from saehook.tokenization import Windows, tokenizer_sha256
+
+if TYPE_CHECKING:
+    from saehook.hooked_saes import HookedSAEs
+
+METRICS = (
+    "latent_quality",
+    "shrinkage",
+    "progressive_code",
+    "ablation_sparsity",
+    "probe_loss",
+    "absorption",
+    "explanations",
+    "steering",
+    "attribution",
+)
+TOKENS = 16_384
+"""Tokens of the sample, in windows spread over the text."""
+FEWER = 4096
+"""Tokens for what costs a product of tokens × latents for every k'."""
+
+
+@dataclass(frozen=True)
+class SuiteRow:
+    """One number of one SAE."""
+
+    sae: str
+    """What the SAE is called."""
+    site: str
+    """Its site."""
+    metric: str
+    """One of `METRICS`."""
+    measure: Measure
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """All numbers, and what is needed to repeat them."""
+
+    rows: list[SuiteRow]
+    left_out: list[dict[str, str]]
+    """Metrics that an SAE does not have: `{"site", "metric", "why"}`."""
+    steering: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """The dose–response of each steered latent, by site (`suite.steering.Response`)."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON: numbers that are not finite are None."""
+        return {
+            "rows": [{"sae": r.sae, "site": r.site, "metric": r.metric, **r.measure.to_dict()} for r in self.rows],
+            "left_out": self.left_out,
+            "steering": self.steering,
+            "provenance": self.provenance,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict()` as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def table(self) -> str:
+        """One line per number: value with its 95 % interval, unit, what it was measured on."""
+        lines = [("sae", "metric", "value [95 %]", "unit", "measured on", "")]
+        for row in self.rows:
+            m = row.measure
+            lines.append((row.sae, m.name, m.text(), m.unit, f"{m.n:,} {m.of}", m.note))
+        widths = [max(len(line[i]) for line in lines) for i in range(5)]
+        table = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]).rstrip()
+            for line in lines
+        ]
+        table += [f"{gone['site']}: no {gone['metric']}: {gone['why']}" for gone in self.left_out]
+        for site, n in self.provenance["not_finite"].items():
+            if n:
+                table.append(f"{site}: {n:,} tokens with NaN or infinite activations are left out")
+        return "\n".join(table)
+
+
+def run_suite(
+    hooked: HookedSAEs,
+    tokens: Windows | Tensor,
+    *,
+    names: Mapping[str, str] | None = None,
+    tasks: Sequence[ProbeTask] | None = None,
+    only: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> SuiteResult:
+    """The slow metrics of every attached SAE; a few minutes for a small model on a CPU.
+
+    `saehook eval --suite full` calls it after `evaluate` with the same windows: `run_suite(hooked, text, names=names)`; its
+    `table()` goes below the other, its `to_dict()` into the JSON file under "suite".
+
+    Args:
+        tokens: windows of ids [n, length]; of them `TOKENS` tokens are used, spread over the text.
+        names: what to call the SAE at each site; default: the site.
+        tasks: probe tasks; default: those that are made from the held-out modules of the standard library.
+        only: some of `METRICS`; default: all.
+        seed: of everything drawn at random: tokens, latents, examples.
+
+    Raises:
+        ArgumentError: no window or no token that counts; an unknown metric; a task with too few examples.
+    """
+    wanted = tuple(METRICS if only is None else only)
+    if unknown := [metric for metric in wanted if metric not in METRICS]:
+        raise ArgumentError(f"there is no metric {', '.join(map(repr, unknown))}; there are {', '.join(METRICS)}.")
+    ids = spread(ids_of(tokens), TOKENS)
+    probed = bool({"probe_loss", "absorption"} & set(wanted))
+    if probed:
+        tasks = make_tasks(corpus.read_documents(corpus.held_out_files()), seed=seed) if tasks is None else tasks
+        check_tasks(tasks)
+    samples = read_samples(hooked, ids)
+    examples = read_examples(hooked, tasks) if probed and tasks is not None else {}
+    rows: list[SuiteRow] = []
+    left_out: list[dict[str, str]] = []
+    responses: dict[str, list[dict[str, Any]]] = {}
+    with tqdm(total=len(samples) * len(wanted), desc="suite", unit="metric", disable=not progress) as bar:
+        attributed = attribution_accuracy(hooked, ids) if "attribution" in wanted else {}
+        for name, sample in samples.items():
+            measured = _metrics(hooked, sample, ids, tasks or (), examples.get(name), attributed, responses, seed)
+            for metric in wanted:
+                bar.set_postfix_str(f"{metric} at {name}")
+                try:
+                    found = measured[metric]()
+                except ArgumentError as error:
+                    left_out.append({"site": name, "metric": metric, "why": str(error)})
+                else:
+                    rows += [SuiteRow((names or {}).get(name, name), name, metric, measure) for measure in found]
+                bar.update()
+    return SuiteResult(rows, left_out, responses, _provenance(hooked, tokens, samples, wanted, tasks, seed))
+
+
+def _metrics(
+    hooked: HookedSAEs,
+    sample: Sample,
+    ids: Tensor,
+    tasks: Sequence[ProbeTask],
+    examples: Examples | None,
+    attributed: Mapping[str, list[Measure]],
+    responses: dict[str, list[dict[str, Any]]],
+    seed: int,
+) -> dict[str, Callable[[], list[Measure]]]:
+    """How each metric of one SAE is measured."""
+    fewer = sample.thinned(FEWER)
+
+    def code() -> list[Measure]:
+        ks = [k for k in default_ks(sample.sae.d_sae) if k >= 8]
+        return progressive_code(fewer) + loss_by_k(hooked, fewer, ids, ks)
+
+    def steer() -> list[Measure]:
+        measures, found = steering(hooked, sample, ids, seed=seed)
+        responses[sample.site] = [dataclasses.asdict(response) for response in found]
+        return measures
+
+    def probes() -> Examples:
+        assert examples is not None
+        return examples
+
+    return {
+        "latent_quality": lambda: latent_quality(sample),
+        "shrinkage": lambda: shrinkage(fewer),
+        "progressive_code": code,
+        "ablation_sparsity": lambda: ablation_sparsity(hooked, sample, ids, seed=seed),
+        "probe_loss": lambda: probe_loss(hooked, sample.site, tasks, probes()),
+        "absorption": lambda: absorption(sample.sae, tasks, probes()),
+        "explanations": lambda: explanations(hooked, sample, ids, seed=seed).measures,
+        "steering": steer,
+        "attribution": lambda: attributed[sample.site],
+    }
+
+
+def _provenance(
+    hooked: HookedSAEs,
+    tokens: Windows | Tensor,
+    samples: Mapping[str, Sample],
+    wanted: Sequence[str],
+    tasks: Sequence[ProbeTask] | None,
+    seed: int,
+) -> dict[str, Any]:
+    return {
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("saehook", "torch", "transformers")},
+        "text_sha256": tokens.text_sha256 if isinstance(tokens, Windows) else None,
+        "tokenizer_sha256": tokenizer_sha256(hooked.tokenizer),
+        "dtype": str(hooked.lm.dtype),
+        "metrics": list(wanted),
+        "seed": seed,
+        "tokens": {name: len(sample) for name, sample in samples.items()},
+        "not_finite": {name: sample.not_finite for name, sample in samples.items()},
+        "mask_rule": {name: str(sample.sae.mask_rule) for name, sample in samples.items()},
+        "probe_tasks": {task.name: len(task.texts) for task in tasks or ()},
+    }
