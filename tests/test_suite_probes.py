@@ -88,7 +88,8 @@ def test_what_quotation_marks_and_stops_know_about_prose():
     assert not behind("asked the old")["in_dialogue"]
     assert behind("Where is Mary")["is_name"]
     assert behind("Where is Mary")["in_question"]
-    assert not behind("He came")["in_question"]
+    assert behind("it late")["in_question"]
+    assert not behind("Nobody spoke")["in_question"]
     assert behind("old man")["next_is_comma"]
     assert behind("the door")["next_ends_sentence"]
     assert text.index("never") + 5 not in dict(prose_labels(text))

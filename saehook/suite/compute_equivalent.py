@@ -4,9 +4,39 @@ in (Gao et al. 2024, section 4.1; the way from loss to compute is ours, since th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from saehook.errors import ArgumentError
+from saehook.suite.sample import ids_of, loss_sums, rows_at_once
+from saehook.tokenization import Windows, keep_mask, special_ids
+
+if TYPE_CHECKING:
+    from saehook.hooked_model import HookedModel
+
+
+@torch.no_grad()
+def checkpoint_losses(models: Iterable[HookedModel], tokens: Windows | Tensor) -> list[float]:
+    """The clean loss of each checkpoint of a language model, nats per token that counts (no special token) and predicts
+    another. `models` may load each when it is asked for.
+
+    Raises:
+        ArgumentError: no window, or no token of it counts.
+    """
+    ids = ids_of(tokens)
+    losses = []
+    for model in models:
+        counted = keep_mask(ids, None, special_ids(model.tokenizer))
+        n = int(counted[:, :-1].sum())
+        if n == 0:
+            raise ArgumentError("no token of the windows that predicts another counts. Give real text.")
+        size = rows_at_once(model, ids.shape[1])
+        batches = zip(ids.split(size), counted.split(size), strict=True)
+        losses.append(sum(float(loss_sums(model(batch).logits, batch, mask).sum()) for batch, mask in batches) / n)
+    return losses
 
 
 def compute_equivalent(steps: Sequence[float], losses: Sequence[float], spliced: float) -> float:

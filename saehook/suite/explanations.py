@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from saehook.suite.measure import Measure, median, ratio
-from saehook.suite.sample import MAX_NUMBERS, AddAction, Sample, ids_of, read, window_losses
+from saehook.suite.sample import AddAction, Sample, ids_of, read, rows_at_once, window_losses
 
 if TYPE_CHECKING:
     from saehook.hooked_saes import HookedSAEs
@@ -34,6 +34,9 @@ ANY, START = -1, -2
 """Edges of the trie that are no token: a wildcard, and the start of the text."""
 LONGEST = 32
 """Tokens of the longest suffix; where none has half of the activation, this one is taken."""
+AT_ONCE = 8
+"""Lengths of suffixes that are tried together."""
+MOST_ROWS = 256
 
 
 @dataclass
@@ -72,14 +75,15 @@ def explain(activation: Activation, examples: Sequence[Sequence[int]], filler: i
     """
     root = Explanation()
     whole = activation(examples).tolist() if examples else []
-    for example, act in zip(examples, whole, strict=True):
-        if not act > 0:
-            continue
-        suffix, value = _shortest(activation, list(example), act)
-        changed = [suffix[:i] + [filler] + suffix[i + 1 :] for i in range(len(suffix))]
-        *replaced, padded = activation([*changed, [filler, *suffix]]).tolist()
-        pattern = [token if 1 - new / value >= 0.5 else ANY for token, new in zip(suffix, replaced, strict=True)]
-        if padded / act < 0.5:
+    firing = [(list(example), act) for example, act in zip(examples, whole, strict=True) if act > 0]
+    if not firing:
+        return root
+    suffixes = _shortest(activation, firing)
+    rows = [row for suffix, _ in suffixes for row in [*_with_filler(suffix, filler), [filler, *suffix]]]
+    values = iter(activation(rows).tolist())
+    for (suffix, value), (_, act) in zip(suffixes, firing, strict=True):
+        pattern = [token if 1 - next(values) / value >= 0.5 else ANY for token in suffix]
+        if next(values) / act < 0.5:
             pattern.insert(0, START)
         node = root
         for token in reversed(pattern):
@@ -88,15 +92,28 @@ def explain(activation: Activation, examples: Sequence[Sequence[int]], filler: i
     return root
 
 
-def _shortest(activation: Activation, example: list[int], act: float) -> tuple[list[int], float]:
-    """The shortest suffix with half of the activation, and its activation."""
-    longest = min(len(example), LONGEST)
-    for first in range(1, longest + 1, 8):
-        suffixes = [example[-n:] for n in range(first, min(first + 8, longest + 1))]
-        for suffix, value in zip(suffixes, activation(suffixes).tolist(), strict=True):
-            if value / act >= 0.5:
-                return suffix, value
-    return example[-longest:], act
+def _with_filler(suffix: list[int], filler: int) -> list[list[int]]:
+    """The suffix once with each of its tokens replaced."""
+    return [[*suffix[:i], filler, *suffix[i + 1 :]] for i in range(len(suffix))]
+
+
+def _shortest(activation: Activation, firing: Sequence[tuple[list[int], float]]) -> list[tuple[list[int], float]]:
+    """For each example and its activation the shortest suffix that has half of it, and the suffix's activation."""
+    found = [(example[-LONGEST:], act) for example, act in firing]
+    left = list(range(len(firing)))
+    for first in range(1, LONGEST + 1, AT_ONCE):
+        tried = [
+            (i, firing[i][0][-n:]) for i in left for n in range(first, min(first + AT_ONCE, len(firing[i][0]) + 1))
+        ]
+        if not tried:
+            break
+        open_now = set(left)
+        for (i, suffix), value in zip(tried, activation([suffix for _, suffix in tried]).tolist(), strict=True):
+            if i in open_now and value / firing[i][1] >= 0.5:
+                found[i] = (suffix, value)
+                open_now.remove(i)
+        left = sorted(open_now)
+    return found
 
 
 def of_latent(hooked: HookedSAEs, name: str, latent: int) -> Activation:
@@ -106,8 +123,11 @@ def of_latent(hooked: HookedSAEs, name: str, latent: int) -> Activation:
 
     @torch.no_grad()
     def activation(rows: Sequence[Sequence[int]]) -> Tensor:
-        x = read(hooked, [torch.tensor([*bos, *row]) for row in rows])[name][0][:, -1]
-        return sae.encode(x)[:, latent].float().cpu()
+        found = []
+        for start in range(0, len(rows), MOST_ROWS):
+            part = [torch.tensor([*bos, *row]) for row in rows[start : start + MOST_ROWS]]
+            found.append(sae.encode(read(hooked, part)[name][0][:, -1])[:, latent].float().cpu())
+        return torch.cat(found)
 
     return activation
 
@@ -205,7 +225,7 @@ def _recovered(
     counted = torch.zeros(ids.shape, dtype=torch.bool)
     counted[sample.row[tested].cpu(), sample.column[tested].cpu()] = True
     row, column = sample.row.cpu(), sample.column.cpu()
-    size = max(1, MAX_NUMBERS // (ids.shape[1] * hooked.lm.get_input_embeddings().num_embeddings))
+    size = rows_at_once(hooked, ids.shape[1])
     lost, back = [], []
     for start in range(sample.windows // 2, sample.windows, size):
         stop = min(start + size, sample.windows)

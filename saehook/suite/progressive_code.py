@@ -22,7 +22,7 @@ from saehook.errors import ArgumentError
 from saehook.interventions import Program
 from saehook.sae import SAE
 from saehook.suite.measure import Measure, between, ratio
-from saehook.suite.sample import MAX_NUMBERS, Sample, ids_of, window_losses
+from saehook.suite.sample import Sample, ids_of, rows_at_once, window_losses
 
 if TYPE_CHECKING:
     from saehook.hooked_saes import HookedSAEs
@@ -137,7 +137,7 @@ def loss_by_k(hooked: HookedSAEs, sample: Sample, tokens: Windows | Tensor, ks: 
     used = counted.any(1)
     ids, counted = ids[used], counted[used]
     n = counted[:, :-1].double().sum(1)
-    rows = max(1, MAX_NUMBERS // (ids.shape[1] * hooked.lm.get_input_embeddings().num_embeddings))
+    rows = rows_at_once(hooked, ids.shape[1])
 
     def losses(k: int | None) -> Tensor:
         actions = {} if k is None else hooked.where_written(sample.site, lambda source: _splice(sample.sae, k, source))

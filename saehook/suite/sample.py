@@ -18,6 +18,7 @@ from saehook.sae import SAE
 from saehook.tokenization import Windows
 
 if TYPE_CHECKING:
+    from saehook.hooked_model import HookedModel
     from saehook.hooked_saes import HookedSAEs
 
 MAX_NUMBERS = 2**24
@@ -166,10 +167,19 @@ class AddAction:
 def window_losses(hooked: HookedSAEs, ids: Tensor, counted: Tensor, actions: Mapping[str, Action]) -> Tensor:
     """Sum of the next-token cross-entropies of each window, [rows] float64 in nats, over the tokens that are `counted`
     [rows, length] and predict another."""
-    logits = hooked.run(ids, actions).logits[:, :-1]
+    return loss_sums(hooked.run(ids, actions).logits, ids, counted)
+
+
+def loss_sums(logits: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
+    """The same from logits [rows, length, vocabulary]."""
     targets = ids[:, 1:].to(logits.device)
     losses = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
     for row in range(len(ids)):  # one at a time: tokens × vocabulary in float32 only once
-        log_probs = logits[row].float().log_softmax(-1)
+        log_probs = logits[row, :-1].float().log_softmax(-1)
         losses[row] = -log_probs.gather(1, targets[row, :, None])[:, 0].double()
     return (losses * counted[:, :-1].to(logits.device)).sum(1).cpu()
+
+
+def rows_at_once(hooked: HookedSAEs | HookedModel, length: int) -> int:
+    """Windows whose logits are held together."""
+    return max(1, MAX_NUMBERS // (length * hooked.lm.get_input_embeddings().num_embeddings))

@@ -13,9 +13,9 @@ from torch import Tensor
 from saehook.suite.measure import Measure, ratio
 from saehook.suite.sample import MAX_NUMBERS, Sample
 
-TOLERANCE = 1e-7
+TOLERANCE = 1e-6
 """Change of the values in one step, as a share of the largest, at which a solution counts as found."""
-MAX_STEPS = 3000
+MAX_STEPS = 1000
 
 
 def refine(acts: Tensor, target: Tensor, W_dec: Tensor) -> Tensor:
