@@ -76,7 +76,7 @@ def test_what_the_parser_knows_about_python():
 
 def test_what_quotation_marks_and_stops_know_about_prose():
     text = (
-        "He came in from the rain and shook his coat by the door. “Where is Mary now?” asked the old man, and sat down.\n\n"
+        "It was late, and the wind had risen over the hills since noon. He came in from the rain and shook his coat by the door. “Where is Mary now?” asked the old man, and sat down.\n\n"
         "“This one is never closed, he said.\n\n"
         "Nobody spoke. Was it late? It was."
     )
