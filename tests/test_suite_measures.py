@@ -250,11 +250,13 @@ def test_curves_that_say_nothing(steps, losses, spliced, match):
         compute_equivalent(steps, losses, spliced)
 
 
-def test_a_thinned_sample_keeps_whole_windows():
+def test_parts_of_a_sample():
     sample = sample_of(tiny_sae(D), torch.randn(N, D))
-    thin = sample.thinned(N // 4)
-    assert len(thin) == N // 4
-    assert thin.row.unique().tolist() == [0, 4, 8, 12, 16]
+    thin, whole = sample.thinned(N // 4), sample.some_windows(N // 4)
+    assert len(thin) == len(whole) == N // 4
+    assert whole.row.unique().tolist() == [0, 4, 8, 12, 16]
+    assert thin.row.unique().tolist() == list(range(WINDOWS))
+    assert torch.equal(thin.x, sample.x[::4])
     assert len(sample.by_window(torch.ones(N))) == WINDOWS
-    assert len(thin.by_window(torch.ones(len(thin)))) == 5
+    assert whole.by_window(torch.ones(len(whole))).tolist() == [20.0] * 5
     assert dataclasses.replace(sample, windows=30).by_window(torch.ones(N)).sum() == N

@@ -23,11 +23,10 @@ from saehook.suite.probe_loss import (
 from saehook.suite.probe_tasks import (
     ProbeTask,
     make_tasks,
-    prose_labels,
-    python_labels,
     read_tasks,
     tasks_to_json_lines,
 )
+from saehook.suite.text_labels import prose_labels, python_labels
 
 SOURCE = '''"""Reads files line by line, one list for each of them; what this module is for (a docstring)."""
 import os  # for paths
@@ -76,7 +75,8 @@ def test_what_the_parser_knows_about_python():
 
 def test_what_quotation_marks_and_stops_know_about_prose():
     text = (
-        "It was late, and the wind had risen over the hills since noon. He came in from the rain and shook his coat by the door. “Where is Mary now?” asked the old man, and sat down.\n\n"
+        "It was late, and the wind had risen over the hills since noon. "
+        "He came in from the rain and shook his coat by the door. “Where is Mary now?” asked the old man, and sat down.\n\n"
         "“This one is never closed, he said.\n\n"
         "Nobody spoke. Was it late? It was."
     )

@@ -169,7 +169,7 @@ def _metrics(
     seed: int,
 ) -> dict[str, Callable[[], list[Measure]]]:
     """How each metric of one SAE is measured."""
-    fewer = sample.thinned(FEWER)
+    fewer = sample.some_windows(FEWER)
 
     def code() -> list[Measure]:
         ks = [k for k in default_ks(sample.sae.d_sae) if k >= 8]
@@ -186,7 +186,7 @@ def _metrics(
 
     return {
         "latent_quality": lambda: latent_quality(sample),
-        "shrinkage": lambda: shrinkage(fewer),
+        "shrinkage": lambda: shrinkage(sample.thinned(FEWER // 2)),
         "progressive_code": code,
         "ablation_sparsity": lambda: ablation_sparsity(hooked, sample, ids, seed=seed),
         "probe_loss": lambda: probe_loss(hooked, sample.site, tasks, probes()),

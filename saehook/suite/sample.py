@@ -67,11 +67,15 @@ class Sample:
         return total
 
     def thinned(self, tokens: int) -> Sample:
+        """About that many tokens, evenly spaced, of all windows."""
+        return self._only(torch.arange(len(self), device=self.row.device) % max(1, round(len(self) / tokens)) == 0)
+
+    def some_windows(self, tokens: int) -> Sample:
         """About that many tokens, in whole windows evenly spaced over the text."""
-        step = max(1, round(len(self) / tokens))
-        kept = self.row % step == 0
-        parts = {name: getattr(self, name)[kept] for name in ("x", "y", "row", "column")}
-        return dataclasses.replace(self, **parts)
+        return self._only(self.row % max(1, round(len(self) / tokens)) == 0)
+
+    def _only(self, kept: Tensor) -> Sample:
+        return dataclasses.replace(self, **{name: getattr(self, name)[kept] for name in ("x", "y", "row", "column")})
 
     def acts_of(self, latents: Tensor) -> Tensor:
         """Activations of some latents, [n, len(latents)] float32."""

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from saehook.suite.measure import Measure, ratio
-from saehook.suite.sample import MAX_NUMBERS, Sample
+from saehook.suite.sample import Sample
 
 TOLERANCE = 1e-6
 """Change of the values in one step, as a share of the largest, at which a solution counts as found."""
 MAX_STEPS = 1000
+ROWS = 256
+"""Tokens that are solved for together."""
 
 
 def refine(acts: Tensor, target: Tensor, W_dec: Tensor) -> Tensor:
@@ -27,12 +29,11 @@ def refine(acts: Tensor, target: Tensor, W_dec: Tensor) -> Tensor:
         W_dec: [d_sae, d_out].
     """
     refined = torch.zeros_like(acts)
-    most = max(1, int((acts > 0).sum(-1).max())) if len(acts) else 1
-    rows = max(1, MAX_NUMBERS // (most * W_dec.shape[1]))
-    for start in range(0, len(acts), rows):
-        values, latents = acts[start : start + rows].topk(most, dim=-1)
-        solved = _solve(values.double(), W_dec[latents].double(), target[start : start + rows].double())
-        refined[start : start + rows].scatter_(-1, latents, solved.to(acts.dtype))
+    active = (acts > 0).sum(-1)
+    for rows in active.argsort().split(ROWS):  # tokens with about as many active latents together
+        values, latents = acts[rows].topk(max(1, int(active[rows].max())), dim=-1)
+        solved = _solve(values.double(), W_dec[latents].double(), target[rows].double())
+        refined[rows] = torch.zeros_like(acts[rows]).scatter_(-1, latents, solved.to(acts.dtype))
     return refined
 
 
