@@ -76,6 +76,23 @@ def test_tokens_that_are_not_finite_are_counted_and_left_out(ids):
     hooked.detach()
 
 
+def test_a_model_without_a_head(ids):
+    hooked = HookedModel(build_lm("llama").model, byte_tokenizer()).attach({"layers.1:output": tiny_sae()})
+    result = run_suite(hooked, ids, only=["latent_quality", "ablation_sparsity", "attribution"], progress=False)
+    hooked.detach()
+    assert [gone["metric"] for gone in result.left_out] == ["ablation_sparsity", "attribution"]
+    assert all("LlamaModel has no language-model head" in gone["why"] for gone in result.left_out)
+    assert {row.metric for row in result.rows} == {"latent_quality"}
+
+
+def test_windows_that_are_too_short(model, ids):
+    hooked = model.attach({RESID: tiny_sae()})
+    short = ids[:, :12]
+    with pytest.raises(ArgumentError, match="over 16 tokens, and windows of 12"):
+        ablation_sparsity(hooked, read_samples(hooked, short)[RESID], short)
+    hooked.detach()
+
+
 def test_windows_are_spread_over_the_text():
     ids = torch.arange(40).reshape(10, 4)
     assert spread(ids, 13)[:, 0].tolist() == [0, 12, 24]
@@ -269,7 +286,7 @@ def test_correlations():
 def test_first_order_is_near_ablation_for_small_latents(model, ids):
     sae = tiny_sae()
     with torch.no_grad():
-        sae.W_dec *= 1e-3
+        sae.W_dec.mul_(1e-3)
     hooked = model.attach({RESID: tiny_sae(seed=3), LAST: sae})
     found = attribution_accuracy(hooked, ids, n_rows=4)
     hooked.detach()

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saehook.errors import ArgumentError
 from saehook.suite.measure import Measure, ratio
-from saehook.suite.sample import MAX_NUMBERS, AddAction, Sample, ids_of
+from saehook.suite.sample import MAX_NUMBERS, AddAction, Sample, check_head, ids_of
 
 if TYPE_CHECKING:
     from saehook.hooked_saes import HookedSAEs
@@ -50,10 +51,19 @@ def ablation_sparsity(
 
     Args:
         sample: from the same windows.
+
+    Raises:
+        ArgumentError: the model has no head, or no token has `HORIZON` tokens from itself on in its window.
     """
+    check_head(hooked)
     ids = ids_of(tokens)
     generator = torch.Generator().manual_seed(seed)
     fits = ((sample.column < CONTEXT) & (sample.column + HORIZON <= ids.shape[1])).nonzero()[:, 0].cpu()
+    if not len(fits):
+        raise ArgumentError(
+            f"effects are measured over {HORIZON} tokens, and windows of {ids.shape[1]} have no token of the mask with as many "
+            "from itself on. Give longer windows."
+        )
     chosen = fits[torch.randperm(len(fits), generator=generator)[:n_tokens]]
     found: dict[str, list[tuple[float, int]]] = {"latents": [], "coordinates": []}
     still = dict.fromkeys(found, 0)

@@ -91,12 +91,12 @@ class Examples(NamedTuple):
 
     x: Tensor
     """[texts, d_in]"""
-    index: Mapping[str, int]
+    row: Mapping[str, int]
     """Row of `x` by text."""
 
     def of(self, task: ProbeTask) -> tuple[Tensor, Tensor]:
         """x [n, d_in] and the classes [n] of the examples of a task."""
-        rows = torch.tensor([self.index[text] for text in task.texts], device=self.x.device)
+        rows = torch.tensor([self.row[text] for text in task.texts], device=self.x.device)
         return self.x[rows], torch.tensor(task.labels, device=self.x.device)
 
 
@@ -127,8 +127,8 @@ def read_examples(hooked: HookedSAEs, tasks: Sequence[ProbeTask]) -> dict[str, E
         for name, (x, _, _) in read(hooked, batch).items():
             found[name].append(x[:, -1])
     back = torch.tensor(order).argsort()
-    index = {text: i for i, text in enumerate(texts)}
-    return {name: Examples(torch.cat(parts)[back], index) for name, parts in found.items()}
+    row = {text: i for i, text in enumerate(texts)}
+    return {name: Examples(torch.cat(parts)[back], row) for name, parts in found.items()}
 
 
 class Score(NamedTuple):

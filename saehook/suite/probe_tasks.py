@@ -46,22 +46,30 @@ def read_tasks(path: str | Path) -> list[ProbeTask]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        text, labels = (row.get("text"), row.get("labels")) if isinstance(row, dict) else (None, None)
-        good = isinstance(text, str) and text and isinstance(labels, dict) and labels
-        if not good or not all(isinstance(label, bool) for label in labels.values()):
+        example = _example(line)
+        if example is None:
             raise FileError(
                 f"line {number} of {path} is no example of a probe task. Expected is a text and the answers to one or more "
                 'questions: {"text": "def f(", "labels": {"in_brackets": true}}.'
             )
+        text, labels = example
         for name, label in labels.items():
             task = tasks.setdefault(name, ProbeTask(name, [], []))
             task.texts.append(text)
             task.labels.append(label)
     return list(tasks.values())
+
+
+def _example(line: str) -> tuple[str, dict[str, bool]] | None:
+    """Text and answers of a line; None if it has none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    text, labels = (row.get("text"), row.get("labels")) if isinstance(row, dict) else (None, None)
+    if not isinstance(text, str) or not text or not isinstance(labels, dict) or not labels:
+        return None
+    return (text, labels) if all(isinstance(label, bool) for label in labels.values()) else None
 
 
 def tasks_to_json_lines(tasks: Iterable[ProbeTask]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -143,7 +144,7 @@ def run_suite(
     left_out: list[dict[str, str]] = []
     responses: dict[str, list[dict[str, Any]]] = {}
     with tqdm(total=len(samples) * len(wanted), desc="suite", unit="metric", disable=not progress) as bar:
-        attributed = attribution_accuracy(hooked, ids) if "attribution" in wanted else {}
+        attributed = functools.cache(lambda: attribution_accuracy(hooked, ids))  # of all SAEs together
         for name, sample in samples.items():
             measured = _metrics(hooked, sample, ids, tasks or (), examples.get(name), attributed, responses, seed)
             for metric in wanted:
@@ -164,7 +165,7 @@ def _metrics(
     ids: Tensor,
     tasks: Sequence[ProbeTask],
     examples: Examples | None,
-    attributed: Mapping[str, list[Measure]],
+    attributed: Callable[[], Mapping[str, list[Measure]]],
     responses: dict[str, list[dict[str, Any]]],
     seed: int,
 ) -> dict[str, Callable[[], list[Measure]]]:
@@ -193,7 +194,7 @@ def _metrics(
         "absorption": lambda: absorption(sample.sae, tasks, probes()),
         "explanations": lambda: explanations(hooked, sample, ids, seed=seed).measures,
         "steering": steer,
-        "attribution": lambda: attributed[sample.site],
+        "attribution": lambda: attributed()[sample.site],
     }
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from saehook.suite.measure import Measure, ratio
-from saehook.suite.sample import Sample
+from saehook.suite.sample import MAX_NUMBERS, Sample
 
 TOLERANCE = 1e-6
 """Change of the values in one step, as a share of the largest, at which a solution counts as found."""
 MAX_STEPS = 1000
 ROWS = 256
-"""Tokens that are solved for together."""
+"""Most tokens that are solved for together."""
 
 
 def refine(acts: Tensor, target: Tensor, W_dec: Tensor) -> Tensor:
@@ -30,7 +30,9 @@ def refine(acts: Tensor, target: Tensor, W_dec: Tensor) -> Tensor:
     """
     refined = torch.zeros_like(acts)
     active = (acts > 0).sum(-1)
-    for rows in active.argsort().split(ROWS):  # tokens with about as many active latents together
+    most = max(1, int(active.max())) if len(active) else 1
+    size = max(1, min(ROWS, MAX_NUMBERS // (most * W_dec.shape[1])))
+    for rows in active.argsort().split(size):  # tokens with about as many active latents together
         values, latents = acts[rows].topk(max(1, int(active[rows].max())), dim=-1)
         solved = _solve(values.double(), W_dec[latents].double(), target[rows].double())
         refined[rows] = torch.zeros_like(acts[rows]).scatter_(-1, latents, solved.to(acts.dtype))
