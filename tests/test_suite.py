@@ -76,15 +76,6 @@ def test_tokens_that_are_not_finite_are_counted_and_left_out(ids):
     hooked.detach()
 
 
-def test_a_model_without_a_head(ids):
-    hooked = HookedModel(build_lm("llama").model, byte_tokenizer()).attach({"layers.1:output": tiny_sae()})
-    result = run_suite(hooked, ids, only=["latent_quality", "ablation_sparsity", "attribution"], progress=False)
-    hooked.detach()
-    assert [gone["metric"] for gone in result.left_out] == ["ablation_sparsity", "attribution"]
-    assert all("LlamaModel has no language-model head" in gone["why"] for gone in result.left_out)
-    assert {row.metric for row in result.rows} == {"latent_quality"}
-
-
 def test_windows_that_are_too_short(model, ids):
     hooked = model.attach({RESID: tiny_sae()})
     short = ids[:, :12]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saehook.errors import ArgumentError
 from saehook.suite.measure import Measure, ratio
-from saehook.suite.sample import MAX_NUMBERS, AddAction, Sample, check_head, ids_of
+from saehook.suite.sample import MAX_NUMBERS, AddAction, Sample, ids_of
 
 if TYPE_CHECKING:
     from saehook.hooked_saes import HookedSAEs
@@ -53,9 +53,8 @@ def ablation_sparsity(
         sample: from the same windows.
 
     Raises:
-        ArgumentError: the model has no head, or no token has `HORIZON` tokens from itself on in its window.
+        ArgumentError: no token has `HORIZON` tokens from itself on in its window.
     """
-    check_head(hooked)
     ids = ids_of(tokens)
     generator = torch.Generator().manual_seed(seed)
     fits = ((sample.column < CONTEXT) & (sample.column + HORIZON <= ids.shape[1])).nonzero()[:, 0].cpu()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saehook.attribution import LogProb
 from saehook.suite.measure import Measure, between
-from saehook.suite.sample import check_head, ids_of
+from saehook.suite.sample import ids_of
 
 if TYPE_CHECKING:
     from saehook.hooked_saes import HookedSAEs
@@ -42,12 +42,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 def attribution_accuracy(hooked: HookedSAEs, tokens: Windows | Tensor, *, n_rows: int = 8) -> dict[str, list[Measure]]:
     """Pearson and Spearman correlation of first-order and exact effects of every active latent on every token of some rows, on
-    the log-probability of the row's true next token; by the name of the SAE. Resampled are rows.
-
-    Raises:
-        ArgumentError: the model has no head.
-    """
-    check_head(hooked)
+    the log-probability of the row's true next token; by the name of the SAE. Resampled are rows."""
     ids = ids_of(tokens)
     rows = ids[:: max(1, len(ids) // n_rows)][:n_rows]
     length = min(TOKENS, ids.shape[1] - 1)

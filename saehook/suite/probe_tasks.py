@@ -82,7 +82,7 @@ def tasks_to_json_lines(tasks: Iterable[ProbeTask]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def make_tasks(documents: Iterable[Document], *, examples: int = 400, seed: int = 0) -> list[ProbeTask]:
+def make_tasks(documents: Iterable[Document], *, examples: int = 800, seed: int = 0) -> list[ProbeTask]:
     """Tasks from documents: those about Python from sources that parse, those about prose from the others.
 
     Args:

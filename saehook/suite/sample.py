@@ -153,15 +153,6 @@ def read(hooked: HookedSAEs, ids: Tensor | list[Tensor]) -> dict[str, tuple[Tens
     return found
 
 
-def check_head(hooked: HookedSAEs) -> None:
-    """Raises ArgumentError where the language model gives no logits."""
-    if hooked.lm.get_output_embeddings() is None:
-        raise ArgumentError(
-            f"{type(hooked.lm).__name__} has no language-model head, so it predicts nothing and has no loss. Load it with one: "
-            "AutoModelForCausalLM."
-        )
-
-
 class AddAction:
     """Adds vectors to single tokens of single rows; others keep their bits."""
 
@@ -179,12 +170,7 @@ class AddAction:
 @torch.no_grad()
 def window_losses(hooked: HookedSAEs, ids: Tensor, counted: Tensor, actions: Mapping[str, Action]) -> Tensor:
     """Sum of the next-token cross-entropies of each window, [rows] float64 in nats, over the tokens that are `counted`
-    [rows, length] and predict another.
-
-    Raises:
-        ArgumentError: the model has no head.
-    """
-    check_head(hooked)
+    [rows, length] and predict another."""
     return loss_sums(hooked.run(ids, actions).logits, ids, counted)
 
 
