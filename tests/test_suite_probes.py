@@ -242,8 +242,18 @@ def test_a_probe_finds_the_planted_direction():
     assert bias == pytest.approx(-1 / 3, abs=0.15)
 
 
+def test_a_direction_that_no_latent_stands_for():
+    sae, x, y = absorbing(0)
+    with torch.no_grad():
+        sae.b_enc[PARENT] = -5.0
+    texts = [str(i) for i in range(800)]
+    examples = Examples(x, {text: i for i, text in enumerate(texts)})
+    with pytest.raises(ArgumentError, match="of the 1 tasks there is none"):
+        absorption(sae, [ProbeTask("parent", texts, y.tolist())], examples)
+
+
 def test_tasks_that_no_probe_solves():
     y = [bool(i % 2) for i in range(400)]
     examples = Examples(torch.zeros(400, CHILDREN + 1), {str(i): i for i in range(400)})
-    with pytest.raises(ArgumentError, match="solves none of the 1 tasks"):
+    with pytest.raises(ArgumentError, match="of the 1 tasks there is none"):
         absorption(absorbing(0)[0], [ProbeTask("noise", [str(i) for i in range(400)], y)], examples)
