@@ -7,8 +7,12 @@ import pytest
 import torch
 from builders import build_lm, byte_tokenizer, identity_sae, random_ids, tiny_sae
 
-from saehook import HookedModel
+from saehook import HookedModel, bundled
+from saehook.cli import main
+from saehook.commands.eval import probe_tasks
+from saehook.corpus import Document
 from saehook.errors import ArgumentError
+from saehook.eval_result import EvalResult
 from saehook.suite.ablation_sparsity import ablation_sparsity, effect_sparsity
 from saehook.suite.attribution_accuracy import attribution_accuracy, pearson, ranks, spearman
 from saehook.suite.compute_equivalent import checkpoint_losses
@@ -322,3 +326,27 @@ def test_some_of_the_suite(model, ids):
     assert "mine  ablation_sparsity" in table
     assert "layers.1.mlp_act: no steering: the latents at" in table
     assert json.loads(result.to_json())["rows"][0]["metric"] == "latent_quality"
+
+
+def test_the_command_adds_the_suite_to_its_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("saehook.suite.run.METRICS", ("shrinkage", "probe_loss"))
+    tasks = tmp_path / "tasks.jsonl"
+    rows = ({"text": f"x = {i}{end}", "labels": {"closed": end == ")"}} for i in range(60) for end in (")", ","))
+    tasks.write_text("\n".join(map(json.dumps, rows)))
+    out, sae = tmp_path / "eval.json", str(bundled("sae"))
+    arguments = ["eval", "--sae", sae, "--tokens", "3k", "--json", str(out), "--probe-tasks", str(tasks)]
+    assert main(arguments) == 2
+    assert "--probe-tasks are for --suite full" in capsys.readouterr().err
+    assert main([*arguments, "--suite", "full"]) == 0
+    shown = capsys.readouterr().out
+    assert "refinement_shift" in shown
+    data = json.loads(out.read_text())
+    assert {row["metric"] for row in data["suite"]["rows"]} == {"shrinkage", "probe_loss"}
+    assert [row.sae for row in EvalResult.from_json(out.read_text()).results] == ["sae"]
+
+
+def test_where_probe_tasks_come_from(tmp_path):
+    source = [Document(f"{i}.py", "def f(x):\n    return [x, x + 1]  # the same again\n" * 10) for i in range(20)]
+    made = {task.name for task in probe_tasks(None, source, seed=0)}
+    assert "in_comment" in made
+    assert "in_docstring" not in made

@@ -117,9 +117,6 @@ def run_suite(
 ) -> SuiteResult:
     """The slow metrics of every attached SAE; a few minutes for a small model on a CPU.
 
-    `saehook eval --suite full` calls it after `evaluate` with the same windows: `run_suite(hooked, text, names=names)`; its
-    `table()` goes below the other, its `to_dict()` into the JSON file under "suite".
-
     Args:
         tokens: windows of ids [n, length]; of them `TOKENS` tokens are used, spread over the text.
         names: what to call the SAE at each site; default: the site.
