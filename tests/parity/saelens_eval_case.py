@@ -48,7 +48,7 @@ def sae_weights() -> dict[str, Tensor]:
     return {
         "W_enc": encoder,
         "b_enc": 0.2 * draw(2, D_SAE),
-        "W_dec": 0.5 * encoder.T.contiguous() + 0.05 * draw(3, D_SAE, WIDTH),
+        "W_dec": 0.3 * encoder.T.contiguous() + 0.05 * draw(3, D_SAE, WIDTH),
         "b_dec": 0.5 * draw(4, WIDTH),
     }
 
