@@ -19,16 +19,22 @@ CLEAR_DIFFERENCE = 5e-4
 FIRINGS = 100
 """Mean number of firings of a latent from which on a share of dead latents means something."""
 _SHOWN = {
-    "ce_clean": "ce clean",
     "delta_ce": "delta ce",
     "kl": "kl",
+    "top1": "top-1",
     "ce_recovered_zero": "recovered",
     "ce_recovered_mean": "(mean)",
-    "top1": "top-1",
+    "ce_clean": "ce clean",
+    "ce_spliced": "spliced",
+    "ce_zero": "zero",
+    "ce_mean": "mean",
     "fvu": "fvu",
     "cosine": "cosine",
     "gamma": "gamma",
 }
+"""Columns of the table."""
+_ABSOLUTE = {"ce_clean", "ce_spliced", "ce_zero", "ce_mean"}
+"""Shown as numbers whatever their intervals, which are those of the text and not of the SAE."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,12 @@ class EvalRow:
 
     def unclear(self) -> dict[str, int]:
         """Fields whose interval is too wide for a number, and how many tokens would be enough: its width falls with the root
-        of their number. For `dead_share` enough is where a latent fires `FIRINGS` times in the mean."""
+        of their number. Absolute losses are none of them. For `dead_share` enough is where a latent fires `FIRINGS` times in
+        the mean."""
         found = {}
         for name, (low, high) in self.intervals.items():
+            if name in _ABSOLUTE:
+                continue
             value, half = getattr(self, name), (high - low) / 2
             allowed = max(CLEAR * abs(value), CLEAR_DIFFERENCE) if value is not None else math.inf
             if half > allowed:
@@ -137,7 +146,7 @@ class EvalResult:
 
     def table(self) -> str:
         """The rows as text, with notes on what they mean and how far they can be trusted."""
-        head = ["sae", "site", "ce clean", "spliced", "zero", "mean", *list(_SHOWN.values())[1:], "L0", "dead"]
+        head = ["sae", "site", *_SHOWN.values(), "L0", "dead"]
         lines = [head, *(_cells(row) for row in self.results)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         text = "\n".join(
@@ -176,10 +185,8 @@ def _cells(row: EvalRow) -> list[str]:
         return f"{value:.3f}"
 
     dead = f"{100 * row.dead_share:.1f}%"
-    losses = [f"{value:.3f}" for value in (row.ce_spliced, row.ce_zero, row.ce_mean)]
-    rest = [cell(name) for name in list(_SHOWN)[1:]]
-    l0 = f"{row.l0:.1f}"
-    return [row.sae, row.site, cell("ce_clean"), *losses, *rest, l0, f"≤ {dead}" if "dead_share" in unclear else dead]
+    numbers = [cell(name) for name in _SHOWN]
+    return [row.sae, row.site, *numbers, f"{row.l0:.1f}", f"≤ {dead}" if "dead_share" in unclear else dead]
 
 
 def _warnings(row: EvalRow) -> Iterator[str]:

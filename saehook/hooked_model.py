@@ -468,7 +468,7 @@ class HookedModel(Runs):
         """`lm` and `tokenizer`: loaded Hugging Face objects; neither is changed. See `from_pretrained`."""
         if tokenizer is None:
             raise ArgumentError("a loaded model needs its tokenizer, too: HookedModel.from_pretrained(lm, tokenizer).")
-        if not lm.can_generate():
+        if not getattr(lm, "can_generate", lambda: True)():
             raise ArgumentError(
                 f"{type(lm).__name__} has no language-model head, so it has neither a loss nor next tokens. Load it with "
                 "AutoModelForCausalLM, or HookedModel.from_pretrained(path)."

@@ -32,8 +32,10 @@ def close(a: Any, b: Any, tolerance: float = 1e-6) -> None:
     assert numbers(a) == {name: pytest.approx(value, abs=tolerance) for name, value in numbers(b).items()}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neo", "opt"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in ("llama", "gpt2", "gpt_neo", "opt")] + [("gemma2", torch.bfloat16)],
+)
 def test_an_identity_sae_gives_the_clean_loss_bit_for_bit(name, dtype):
     model = HookedModel(build_lm(name, dtype=dtype), byte_tokenizer())
     site = SITE if name != "opt" else "model.decoder.layers.1:output"

@@ -44,10 +44,11 @@ def language_model() -> Any:
 
 def sae_weights() -> dict[str, Tensor]:
     """A ReLU SAE, x_hat = relu((x - b_dec) W_enc + b_enc) W_dec + b_dec."""
+    encoder = 0.3 * draw(1, WIDTH, D_SAE)
     return {
-        "W_enc": 0.3 * draw(1, WIDTH, D_SAE),
+        "W_enc": encoder,
         "b_enc": 0.2 * draw(2, D_SAE),
-        "W_dec": 0.3 * draw(3, D_SAE, WIDTH),
+        "W_dec": 0.3 * encoder.T.contiguous() + 0.05 * draw(3, D_SAE, WIDTH),
         "b_dec": 0.5 * draw(4, WIDTH),
     }
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from builders import byte_tokenizer
 from saelens_eval_case import D_SAE, LAYER, WIDTH, ids, language_model, sae_weights
 
@@ -44,6 +43,6 @@ def test_losses_and_reconstruction_are_those_of_saelens():
 
 
 def test_the_case_is_not_trivial():
-    assert PEER["ce_loss_with_sae"] > PEER["ce_loss_without_sae"] + 0.01
-    assert 0.01 < PEER["explained_variance"] < 0.99 or PEER["explained_variance"] < -0.01
-    assert torch.is_tensor(ids())
+    assert 0.1 < PEER["kl_div_with_sae"] < PEER["kl_div_with_ablation"]
+    assert 0.1 < PEER["explained_variance"] < 0.95
+    assert 0.5 < PEER["relative_reconstruction_bias"] < 2
