@@ -243,7 +243,8 @@ class Latents:
         return columns_of(self.held, torch.tensor([latent], device=self.fired[0].device))[:, 0]
 
     def top(self, n: int = 10) -> list[LatentHit]:
-        """The n latents with the largest activation on any token of the mask, strongest first; fewer if fewer fire."""
+        """The n latents with the largest activation on any token of the mask, in magnitude, strongest first; fewer if fewer
+        fire."""
         if n < 1:
             raise ArgumentError(f"top({n}) asks for no latent; at least 1 is expected.")
         return self._strongest(self.mask.to(self.fired[0].device)[self.fired[0]], n)
@@ -258,8 +259,8 @@ class Latents:
 
     def _strongest(self, some: Tensor, n: int) -> list[LatentHit]:
         """The n strongest latents among some of those that fired, each where it is strongest."""
-        positions, latents, acts = (each[some & (self.fired[2] > 0)] for each in self.fired)
-        falling = acts.argsort(descending=True, stable=True)
+        positions, latents, acts = (each[some & (self.fired[2] != 0)] for each in self.fired)
+        falling = acts.abs().argsort(descending=True, stable=True)
         known, which = latents[falling].unique(return_inverse=True)
         places = torch.arange(len(falling), device=falling.device)
         first = torch.full_like(known, len(falling)).scatter_reduce(0, which, places, "amin")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saehook import kernels
 from saehook.activation_fns import activate, check_threshold
-from saehook.config import BatchTopK, JumpReLU, MaskRule, SAEConfig
+from saehook.config import AbsTopK, BatchTopK, JumpReLU, MaskRule, SAEConfig
 from saehook.errors import ArgumentError, FormatError, LatentError, MissingStatError, ShapeError
 
 LAYER_NORM_EPS = 1e-5
@@ -89,11 +89,13 @@ class SAE(nn.Module):
         self.site = site
         self.site_out = site_out
         self.stats: LatentStats | None = None
+        self.density: Tensor | None = None
+        """Share of tokens on which each latent fired, [d_sae], float32, where a file of SAELens says it without `stats`."""
         self.mask_rule = MaskRule()
         """Which tokens count for this SAE, in training and wherever it is used."""
         self.metadata: dict[str, Any] = {}
         self.source: Path | None = None
-        """The folder that `load_sae` read it from."""
+        """The folder that `load_sae` read it from; in the formats of others the file of its weights."""
         self.mapped = False
         """Whether the weights lie in that file, and only what is used of them is read."""
 
@@ -159,11 +161,16 @@ class SAE(nn.Module):
         return self
 
     def _normalize(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The token as the SAE sees it, and what puts x_hat back: x_hat * scale + mean; (x, None, None) where nothing does."""
         if self.config.normalize == "none":
             return x, None, None
+        if self.config.normalize == "constant_norm":
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+            return x * (self.d_in**0.5 / norm), torch.zeros_like(norm), norm / self.d_in**0.5
         mean = x.mean(-1, keepdim=True)
-        std = (x - mean).std(-1, keepdim=True) + LAYER_NORM_EPS
-        return (x - mean) / std, mean, std
+        std = (x - mean).std(-1, keepdim=True)
+        # The peers (OpenAI, SAELens, BatchTopK) divide by std + eps and multiply by std.
+        return (x - mean) / (std + LAYER_NORM_EPS), mean, std
 
     def inputs(self, x: Tensor) -> Tensor:
         """What the encoder multiplies: `x` [..., d_in] as a list of tokens [n, d_in], normalised and centred, in the SAE's dtype.
@@ -219,6 +226,10 @@ class SAE(nn.Module):
     def activate(self, pre_acts: Tensor) -> Tensor:
         """Latent activations from pre-activations by the inference rule; see `encode`."""
         return activate(pre_acts, self.config.activation, self.threshold)
+
+    def fires(self, acts: Tensor) -> Tensor:
+        """Where latents are active: above 0, of an AbsTopK also below."""
+        return acts != 0 if isinstance(self.config.activation, AbsTopK) else acts > 0
 
     def check_threshold(self) -> None:
         """Raises MissingStatError for a BatchTopK that has no threshold yet."""

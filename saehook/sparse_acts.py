@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saehook import kernels
-from saehook.config import TopK
+from saehook.config import AbsTopK, GroupMax, TopK
 from saehook.kernels import Selection, sparse
 from saehook.sae import SAE
 
@@ -79,7 +79,9 @@ def encode(sae: SAE, x: Tensor) -> SparseActs:
     """
     inputs, activation = sae.inputs(x), sae.config.activation
     with torch.no_grad():
-        if isinstance(activation, TopK):
+        if isinstance(activation, (AbsTopK, GroupMax)):
+            values, pairs = _by_pieces(sae, x)
+        elif isinstance(activation, TopK):
             values, pairs = kernels.encode_topk(inputs, sae.W_enc, sae.b_enc, activation.k)
         else:
             sae.check_threshold()
@@ -89,6 +91,20 @@ def encode(sae: SAE, x: Tensor) -> SparseActs:
         rows = sae.W_enc.T[pairs.latents]
         values = (inputs[pairs.tokens] * rows).sum(-1) + sae.b_enc[pairs.latents]
     return SparseActs(values, pairs, tuple(x.shape[:-1]))
+
+
+def _by_pieces(sae: SAE, x: Tensor) -> tuple[Tensor, Selection]:
+    """`sae.encode` of some tokens at a time, of which what fires is kept: for activation functions without a kernel."""
+    tokens, latents, values, before = [], [], [], 0
+    for piece in sae.pieces(x.reshape(-1, sae.d_in)):
+        acts = sae.encode(piece)
+        rows, columns = acts.nonzero(as_tuple=True)
+        tokens.append(rows + before)
+        latents.append(columns)
+        values.append(acts[rows, columns])
+        before += len(piece)
+    pairs = Selection(torch.cat(tokens), torch.cat(latents), before, sae.d_sae, order="token")
+    return torch.cat(values), pairs
 
 
 def encode_for(sae: SAE, x: Tensor) -> Acts:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "saehook"
 # line. `kernels/*` means every file of that folder; these may import each other.
 LAYERS = [
     "errors metrics kernels/*",
-    "config corpus hub dataset_text bundle files gguf loggers fields metrics_log",
+    "config corpus hub dataset_text bundle files gguf loggers fields metrics_log formats/*",
     "losses activation_fns where conditions schedules interventions sites conversation tokenization sweep "
     "run_state plan",
     "sae sparse_acts row_text positions optim batches prefix intervals splice_losses tracks readback program_file",
