@@ -1,0 +1,85 @@
+"""One file of weights, read safely: safetensors, NumPy's npz or a torch pickle of plain tensors. What it is is found by its
+first bytes, never by its name. Tensors are maps of the file wherever it holds them as they are, so that opening reads nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from saehook.errors import FileError, FormatError
+from saehook.formats.npz import is_npz, read_npz
+
+ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """What the file holds by name: tensors; in a torch pickle also numbers, strings and dictionaries of them.
+
+    Raises:
+        FileError: it is not there or cannot be read.
+        FormatError: it is none of these, damaged, compressed, or carries code, which is never run.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        if start.startswith(ZIP):
+            return _zip(path)
+        if start.startswith(PICKLE):
+            return _torch(path, mapped=False)
+        return _safetensors(path)
+    except FileNotFoundError:
+        raise FileError(f"{path} is not there.") from None
+    except zipfile.BadZipFile as error:
+        raise FormatError(f"{path} is no whole zip file ({error}): cut short or damaged. Copy it again.") from None
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"cannot read {path}: {error}.") from None
+
+
+def _zip(path: Path) -> dict[str, Any]:
+    if is_npz(path):
+        return read_npz(path)
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+    if not any(info.filename.endswith("data.pkl") for info in infos):
+        raise FormatError(f"{path} is a zip file without arrays or a torch pickle; it holds no weights.")
+    packed = [info for info in infos if info.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise FormatError(
+            f"{path}: {packed[0].filename} is compressed ({packed[0].compress_size:,} to {packed[0].file_size:,} bytes); "
+            "torch.save does not do that, and it is not unpacked."
+        )
+    return _torch(path, mapped=True)
+
+
+def _torch(path: Path, *, mapped: bool) -> dict[str, Any]:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        said = str(error).strip().splitlines()[-1]
+        raise FormatError(
+            f"{path} is a pickle that carries code or objects, not only tensors; such pickles are never read ({said[:200]})."
+        ) from None
+    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise FormatError(f"{path} is no whole torch file ({str(error).splitlines()[0][:200]}). Copy it again.") from None
+    if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
+        raise FormatError(f"{path} holds {type(data).__name__}; a state dict, tensors by name, is expected.")
+    return dict(data)
+
+
+def _safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise FormatError(
+            f"{path} is no whole file of weights (as safetensors: {error}): it is cut short, damaged, or of another kind. "
+            "Read are safetensors, npz, and torch files of plain tensors. Copy it again."
+        ) from None
