@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saehook.config import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from saehook.config import AbsTopK, Activation, BatchTopK, GroupMax, JumpReLU, ReLU, TopK
 from saehook.errors import MissingStatError
 
 
@@ -20,6 +20,19 @@ def topk(pre_acts: Tensor, k: int) -> Tensor:
     """The k largest of each token, then ReLU; exactly k survive a tie (Gao et al. 2024)."""
     values, indices = pre_acts.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(pre_acts).scatter_(-1, indices, values.relu())
+
+
+def abs_topk(pre_acts: Tensor, k: int) -> Tensor:
+    """The k of each token that are largest in magnitude, with their signs; exactly k survive a tie (arXiv 2510.00404)."""
+    indices = pre_acts.abs().topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(pre_acts).scatter_(-1, indices, pre_acts.gather(-1, indices))
+
+
+def groupmax(pre_acts: Tensor, k: int) -> Tensor:
+    """The largest of each of k groups of neighbouring latents, then ReLU; of equals the first (sparsify 1.3)."""
+    groups = pre_acts.unflatten(-1, (k, -1))
+    values, indices = groups.max(dim=-1, keepdim=True)
+    return torch.zeros_like(groups).scatter_(-1, indices, values.relu()).flatten(-2)
 
 
 def batch_topk(pre_acts: Tensor, k: int) -> Tensor:
@@ -77,6 +90,10 @@ def activate(pre_acts: Tensor, activation: Activation, threshold: Tensor | None)
             return pre_acts.relu()
         case TopK(k=k):
             return topk(pre_acts, k)
+        case AbsTopK(k=k):
+            return abs_topk(pre_acts, k)
+        case GroupMax(k=k):
+            return groupmax(pre_acts, k)
         case BatchTopK() | JumpReLU():
             if threshold is None:
                 raise MissingStatError(

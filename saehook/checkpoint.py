@@ -9,16 +9,19 @@ Beside them lies `stats.safetensors` with what `LatentStats` says, in float32: `
 in files of later versions `quantiles` [d_sae, levels] at `quantile_levels` [levels] and `mean_error` [d_out]. Its header has
 `tokens`, and nothing else: safetensors writes several entries in an order of its own, and files are to be the same bytes.
 
-Files are never unpickled. Names, shapes and dtypes are checked against `cfg.json` before a tensor is read.
+Of the files of others, which `saehook.formats` reads, pickles are opened only as far as they hold plain tensors. Names, shapes
+and dtypes are checked against the configuration before a tensor is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -27,25 +30,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saehook.config import (
-    Activation,
+    AbsTopK,
     BatchTopK,
+    GroupMax,
     JumpReLU,
-    ReLU,
     SAEConfig,
     TopK,
-    activation_from_dict,
     activation_to_dict,
     mask_rule_from_data,
 )
 from saehook.errors import ArgumentError, FileError, FormatError, MissingStatError
 from saehook.files import atomic_write, atomically
+from saehook.formats import Found, read_sae, saelens
+from saehook.formats.folder import MAX_CONFIG_BYTES as MAX_CONFIG_BYTES
+from saehook.formats.folder import read_json
 from saehook.sae import QUANTILE_LEVELS, SAE, LatentStats
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 CONFIG, WEIGHTS, STATS = "cfg.json", "sae_weights.safetensors", "stats.safetensors"
 SAELENS_VERSION = "6.54.12"
 """The version of SAELens whose layout this is; it reads the field to choose its reader."""
-MAX_CONFIG_BYTES = 16 * 2**20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -86,10 +92,10 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
         "dtype": names[dtype],
         "device": "cpu",
         "apply_b_dec_to_input": sae.config.subtract_b_dec,
-        "normalize_activations": sae.config.normalize,
+        "normalize_activations": _normalize(sae.config),
         "reshape_activations": "none",
     }
-    if isinstance(activation, TopK):
+    if isinstance(activation, (TopK, AbsTopK, GroupMax)):
         config |= {"k": activation.k, "rescale_acts_by_decoder_norm": False}
     if sae.is_transcoder:
         config["d_out"] = sae.d_out
@@ -135,151 +141,119 @@ _OURS = {"schema", "activation", "site", "site_out", "mask_rule", "saelens"}
 """What stands under `metadata.saehook` and is no metadata of the SAE."""
 
 
-_ARCHITECTURES: dict[str, type[Activation]] = {"standard": ReLU, "topk": TopK, "jumprelu": JumpReLU}
-_TRANSCODERS: dict[str, tuple[type[Activation], bool]] = {
-    "transcoder": (ReLU, False),
-    "skip_transcoder": (ReLU, True),
-    "jumprelu_transcoder": (JumpReLU, False),
-    "jumprelu_skip_transcoder": (JumpReLU, True),
-    "topk_transcoder": (TopK, False),
-    "topk_skip_transcoder": (TopK, True),
-}
-"""Inference rule and skip map by architecture. SAELens has no name for a TopK transcoder; the last two are ours."""
-
-
 def _architecture(config: SAEConfig) -> str:
     kind = JumpReLU if isinstance(config.activation, BatchTopK) else type(config.activation)
     if config.d_out is None:
-        return next(name for name, known in _ARCHITECTURES.items() if known is kind)
-    return next(name for name, known in _TRANSCODERS.items() if known == (kind, config.skip))
+        return next(name for name, known in saelens.ARCHITECTURES.items() if known is kind)
+    known = (kind, config.skip)
+    found = next((name for name, value in saelens.TRANSCODERS.items() if value == known), None)
+    if found is None:
+        raise ArgumentError(f"a transcoder with {config.activation} has no name in the layout of SAELens.")
+    return found
 
 
-def load_sae(path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> SAE:
-    """Read an SAE from a folder in the SAELens layout; bf16 weights become float32 unless `dtype` says otherwise.
+def _normalize(config: SAEConfig) -> str:
+    return next(name for name, ours in saelens.NORMALIZATIONS.items() if ours == config.normalize)
+
+
+@overload
+def load_sae(
+    path: str | Path,
+    sub: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    k: int | None = None,
+    input_scale: float | None = None,
+    rows: None = None,
+) -> SAE: ...
+@overload
+def load_sae(
+    path: str | Path,
+    sub: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    k: int | None = None,
+    input_scale: float | None = None,
+    rows: Iterable[int],
+) -> Tensor: ...
+def load_sae(
+    path: str | Path,
+    sub: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    k: int | None = None,
+    input_scale: float | None = None,
+    rows: Iterable[int] | None = None,
+) -> SAE | Tensor:
+    """Read an SAE in any format of `saehook.formats`, ours among them, which is found by looking at the files.
+
+    `sae.site`, `sae.metadata["lm"]` and `sae.metadata["source"]` hold what the files and their place say. Weights that are
+    stored in `dtype` and as we have them stay a map of the file: nothing is copied until something is written.
+
+    Args:
+        path: a folder or file of weights, or `owner/name` on the hub, also `hf:owner/name[,revision=..]`.
+        sub: folder or file in it, where it holds several SAEs: `layer_12/width_16k/average_l0_82`, `layers.10`.
+        dtype: of the weights, whatever the file's is; `threshold` is float32.
+        revision: branch, tag or commit on the hub.
+        k: latents per token, for a TopK whose files do not say it.
+        input_scale: what x was multiplied by in training, for SAEs whose files say only that it was; it is folded.
+        rows: read only these rows of the decoder, the directions of these latents, and return them, [len(rows), d_out].
 
     Raises:
-        FileError: the folder or one of its files is missing or unreadable.
-        FormatError: damaged, unsafe, or of an unknown format; the message says what was expected.
+        FileError: nothing is there, or several SAEs are; they are named.
+        FormatError: damaged, unsafe, of an unknown format, or contradicting itself; the message says what was expected.
     """
-    path = Path(path)
-    if not path.is_dir():
-        what = "a file, not a folder" if path.exists() else "not there"
-        raise FileError(f"{path} is {what}. Name a folder with {CONFIG} and {WEIGHTS}, as save_sae writes it.")
-    data = _read_config(path / CONFIG)
-    config = _sae_config(data, path / CONFIG)
-    metadata = data.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    ours = metadata.get("saehook")
-    ours = dict(ours) if isinstance(ours, dict) else {}
-    if ours.get("schema", SCHEMA) != SCHEMA:
-        raise FormatError(
-            f"{path / CONFIG} has schema {ours['schema']!r}; this version reads {SCHEMA}. Update saehook."
-        )
-    site = ours.get("site") or metadata.get("hf_hook_name")
-    site_out = ours.get("site_out") or metadata.get("hf_hook_name_out") if config.d_out is not None else None
-    for found in (site, site_out):
-        if not isinstance(found, (str, type(None))):
-            raise FormatError(f"{path / CONFIG}: the recorded site is {found!r}; a string is expected.")
-    d_in, d_sae, d_out = config.d_in, config.d_sae, config.d_out or config.d_in
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_enc": (d_sae,), "b_dec": (d_out,)
-    }  # fmt: skip
-    if isinstance(config.activation, (BatchTopK, JumpReLU)):
-        shapes["threshold"] = (d_sae,)
-    if config.skip:
-        shapes["W_skip"] = (d_out, d_in)
-    tensors = _read_tensors(path / WEIGHTS, shapes)
-    sae = SAE(config, site=site, site_out=site_out, device="meta", dtype=dtype)
-    sae.source = path.resolve()
+    known = {"k": k, "input_scale": input_scale}
+    found, tensors = read_sae(path, sub, revision=revision, rows=rows, known=known)
+    if rows is not None:
+        return tensors["W_dec"].to(device or "cpu", dtype)
+    ours, foreign = _own_metadata(found)
+    sae = SAE(found.config, site=found.site, site_out=found.site_out, device="meta", dtype=dtype)
+    sae.source = (found.path.parent if found.format == "saelens" else found.path).resolve()
+    if sae.threshold is not None and "threshold" not in tensors:
+        sae.register_parameter("threshold", None)
     for name, tensor in tensors.items():
         tensor = tensor.to(device or "cpu", torch.float32 if name == "threshold" else dtype)
-        setattr(sae, name, nn.Parameter(tensor))
-    if (path / STATS).exists():
-        sae.stats = _read_stats(path / STATS, d_sae, d_out)
+        setattr(sae, name, nn.Parameter(tensor if name == "W_enc" else tensor.contiguous()))
+    folder = found.path.parent
+    if found.format == "saelens" and (folder / STATS).exists():
+        sae.stats = _read_stats(folder / STATS, sae.d_sae, sae.d_out)
     if "mask_rule" in ours:
         try:
             sae.mask_rule = mask_rule_from_data(ours["mask_rule"])
         except FormatError as error:
-            raise FormatError(f"{path / CONFIG}: {error}") from None
+            raise FormatError(f"{folder / CONFIG}: {error}") from None
     sae.metadata = {key: value for key, value in ours.items() if key not in _OURS}
-    known = {"saehook", "sae_lens_version", "training_architecture", "hf_hook_name", "hf_hook_name_out"}
-    foreign = {key: value for key, value in metadata.items() if key not in known}
     if foreign:
         sae.metadata["saelens"] = foreign
+    if not ours:
+        if found.lm is not None:
+            sae.metadata["lm"] = {"id": found.lm, "revision": None}
+        sae.metadata["source"] = found.provenance.to_dict()
+        for note in found.notes:
+            logger.warning("%s: %s.", found.path, note)
     return sae
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise FormatError(
-                f"{path} has {path.stat().st_size:,} bytes; a configuration has at most {MAX_CONFIG_BYTES:,}."
-            )
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise FormatError(f"{path} is no text file; JSON is expected.") from None
-    except FileNotFoundError:
-        raise FileError(
-            f"{path.parent} holds no {CONFIG}, so it is no SAE that saehook reads. Expected are {CONFIG} and {WEIGHTS}."
-        ) from None
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error}.") from None
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is no valid JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise FormatError(f"{path} holds {type(data).__name__}; a JSON object is expected.")
-    return data
-
-
-def _sae_config(data: dict[str, Any], path: Path) -> SAEConfig:
-    """`SAEConfig` of a `cfg.json`; refuses what this reader would compute wrongly."""
-
-    def refuse(problem: str) -> FormatError:
-        return FormatError(f"{path}: {problem}")
-
-    for name in ("architecture", "d_in", "d_sae"):
-        if name not in data:
-            raise refuse(f"{name!r} is missing; an SAELens v6 configuration has architecture, d_in and d_sae.")
-    for name in ("d_in", "d_sae"):
-        if isinstance(data[name], bool) or not isinstance(data[name], int) or data[name] < 1:
-            raise refuse(f"{name} is {data[name]!r}; a whole number of at least 1 is expected.")
-    if data.get("reshape_activations", "none") != "none":
-        raise refuse(f"reshape_activations = {data['reshape_activations']!r} is not supported; only 'none' is.")
-    normalize = data.get("normalize_activations", "none")
-    if normalize not in ("none", "layer_norm"):
-        raise refuse(f"normalize_activations = {normalize!r} is not supported; 'none' and 'layer_norm' are.")
-    if not isinstance(data.get("apply_b_dec_to_input", True), bool):
-        raise refuse(f"apply_b_dec_to_input is {data['apply_b_dec_to_input']!r}; true or false is expected.")
-    if data.get("rescale_acts_by_decoder_norm"):
-        raise refuse("rescale_acts_by_decoder_norm is on; only SAEs whose decoder norms are folded are supported.")
-    metadata = data.get("metadata") if isinstance(data.get("metadata"), dict) else {}
-    ours = metadata.get("saehook") if isinstance(metadata, dict) else None
-    recorded = ours.get("activation") if isinstance(ours, dict) else None
-    architecture = data["architecture"]
-    try:
-        known = [*_ARCHITECTURES, *_TRANSCODERS]
-        if architecture not in known:
-            raise FormatError(f"architecture {architecture!r} is unknown; {', '.join(known)} are read.")
-        is_transcoder = architecture in _TRANSCODERS
-        kind, skip = _TRANSCODERS[architecture] if is_transcoder else (_ARCHITECTURES[architecture], False)
-        activation: Activation = TopK(k=data.get("k", 0)) if kind is TopK else kind()  # type: ignore[call-arg]
-        if kind is JumpReLU and isinstance(recorded, dict):
-            activation = activation_from_dict(recorded)
-            if not isinstance(activation, (BatchTopK, JumpReLU)):
-                raise FormatError(f"{recorded} is recorded for an architecture {architecture!r}.")
-        return SAEConfig(
-            d_in=data["d_in"],
-            d_sae=data["d_sae"],
-            activation=activation,
-            subtract_b_dec=data.get("apply_b_dec_to_input", not is_transcoder),
-            normalize=normalize,
-            d_out=data.get("d_out", data["d_in"]) if is_transcoder else None,
-            skip=skip,
-        )
-    except (ArgumentError, FormatError) as error:
-        raise refuse(str(error)) from None
+def _own_metadata(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What we wrote beside the layout of SAELens, and what else stands in its metadata."""
+    if found.format != "saelens":
+        return {}, {}
+    path = found.path.parent / CONFIG
+    metadata = read_json(path).get("metadata") if path.is_file() else None
+    metadata = metadata if isinstance(metadata, dict) else {}
+    ours = metadata.get("saehook")
+    ours = dict(ours) if isinstance(ours, dict) else {}
+    if ours.get("schema", SCHEMA) != SCHEMA:
+        raise FormatError(f"{path} has schema {ours['schema']!r}; this version reads {SCHEMA}. Update saehook.")
+    known = {"saehook", "sae_lens_version", "training_architecture", "hf_hook_name", "hf_hook_name_out"}
+    return ours, {key: value for key, value in metadata.items() if key not in known}
 
 
 def _read_tensors(
@@ -354,4 +328,4 @@ def _read_stats(path: Path, d_sae: int, d_out: int) -> LatentStats:
 
 def stored_dtype(path: str | Path) -> torch.dtype:
     """Dtype of the weights in a folder that `load_sae` has accepted."""
-    return DTYPES.get(_read_config(Path(path) / CONFIG).get("dtype", "float32"), torch.float32)
+    return DTYPES.get(read_json(Path(path) / CONFIG).get("dtype", "float32"), torch.float32)

@@ -86,9 +86,38 @@ class JumpReLU:
     """z = pre where pre > threshold, else 0; one threshold per latent (Rajamanoharan et al. 2024)."""
 
 
-Activation = ReLU | TopK | BatchTopK | JumpReLU
-ACTIVATIONS: dict[str, type[Activation]] = {"relu": ReLU, "topk": TopK, "batchtopk": BatchTopK, "jumprelu": JumpReLU}
-"""The names used in files and on the command line."""
+@dataclass(frozen=True, kw_only=True)
+class AbsTopK:
+    """The k pre-activations of a token that are largest in magnitude, with their signs: latents may be negative
+    (arXiv 2510.00404). Read from files, not trained here."""
+
+    k: int
+    """Latents kept per token."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "k")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupMax:
+    """The latents lie in k groups of neighbours, and of each group the largest is kept, then ReLU (sparsify). Read from
+    files, not trained here."""
+
+    k: int
+    """Groups, and so latents kept per token; it divides d_sae."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "k")
+
+
+Activation = ReLU | TopK | BatchTopK | JumpReLU | AbsTopK | GroupMax
+TRAINED: dict[str, type[Activation]] = {"relu": ReLU, "topk": TopK, "batchtopk": BatchTopK, "jumprelu": JumpReLU}
+"""Those that can be trained, by the names used in files and on the command line."""
+ACTIVATIONS: dict[str, type[Activation]] = TRAINED | {"abstopk": AbsTopK, "groupmax": GroupMax}
+"""All, by the names used in files."""
+
+
+NORMALIZATIONS = ("none", "layer_norm", "constant_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +129,12 @@ class SAEConfig:
     d_sae: int
     """Number of latents."""
     activation: Activation
-    """`ReLU()`, `TopK(k=...)`, `BatchTopK(k=...)` or `JumpReLU()`."""
+    """`ReLU()`, `TopK(k=...)`, `BatchTopK(k=...)`, `JumpReLU()`; of read files also `AbsTopK(k=...)`, `GroupMax(k=...)`."""
     subtract_b_dec: bool = True
     """Whether the encoder sees x - b_dec (else x)."""
     normalize: str = "none"
-    """`none`, or `layer_norm`: each token is centred and divided by its standard deviation, undone after decoding."""
+    """What is done to each token before, and undone after decoding. `layer_norm`: it is centred and divided by its standard
+    deviation. `constant_norm`: it is scaled to the norm sqrt(d_in). `none`."""
     d_out: int | None = None
     """Transcoder: width of the site that is reconstructed from the other. None: an SAE, which reconstructs its input."""
     skip: bool = False
@@ -115,13 +145,16 @@ class SAEConfig:
         self._check_transcoder()
         if not isinstance(self.activation, tuple(ACTIVATIONS.values())):
             raise ArgumentError(
-                f"SAEConfig.activation is {self.activation!r}; expected ReLU(), TopK(k=...), BatchTopK(k=...) or JumpReLU()."
+                f"SAEConfig.activation is {self.activation!r}; expected ReLU(), TopK(k=...), BatchTopK(k=...), JumpReLU(), "
+                "AbsTopK(k=...) or GroupMax(k=...)."
             )
         k = getattr(self.activation, "k", None)
         if k is not None and k > self.d_sae:
             raise ArgumentError(f"k = {k} is larger than d_sae = {self.d_sae}; at most all latents can be kept.")
-        if self.normalize not in {"none", "layer_norm"}:
-            raise ArgumentError(f"SAEConfig.normalize is {self.normalize!r}; expected 'none' or 'layer_norm'.")
+        if isinstance(self.activation, GroupMax) and self.d_sae % self.activation.k:
+            raise ArgumentError(f"d_sae = {self.d_sae} latents make no {self.activation.k} groups of the same size.")
+        if self.normalize not in NORMALIZATIONS:
+            raise ArgumentError(f"SAEConfig.normalize is {self.normalize!r}; expected one of {', '.join(NORMALIZATIONS)}.")
 
     def _check_transcoder(self) -> None:
         if self.d_out is None:
@@ -274,7 +307,7 @@ class Gated:
 
 
 Method = Activation | MultiTopK | Matryoshka | Gated
-METHODS: dict[str, type[Method]] = ACTIVATIONS | {"multitopk": MultiTopK, "matryoshka": Matryoshka, "gated": Gated}
+METHODS: dict[str, type[Method]] = TRAINED | {"multitopk": MultiTopK, "matryoshka": Matryoshka, "gated": Gated}
 """Training methods by the names that are used in files and on the command line."""
 
 

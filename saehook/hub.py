@@ -84,6 +84,43 @@ def download(place: HubPlace, file: str, *, max_bytes: int | None = None) -> Pat
         return Path(hf_hub_download(place.repo, file, revision=place.revision))
 
 
+def cached_snapshot(place: HubPlace) -> Path | None:
+    """The folder of a repository's commit in the cache on this machine; None where nothing of it is there."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE) / f"models--{place.repo.replace('/', '--')}"
+    revision = place.revision or "main"
+    reference = folder / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
+
+
+def list_files(place: HubPlace, what: str) -> list[str]:
+    """Names of a repository's files, as paths below its top; without network those in the cache on this machine.
+
+    Args:
+        what: is looked for, for the message.
+
+    Raises:
+        FileError: neither can be had; it says which folder of the cache would do.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+
+    snapshot = cached_snapshot(place)
+    if HF_HUB_OFFLINE and snapshot is not None:
+        return sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file())
+    folder = Path(HF_HUB_CACHE) / f"models--{place.repo.replace('/', '--')}"
+    check = (
+        f"{CHECK} Without network, {what} is looked for in {folder / 'snapshots'}: copy its files there, in a folder whose "
+        f"name is the commit, and write that name into {folder / 'refs' / (place.revision or 'main')}; or give load_sae the "
+        "folder itself."
+    )
+    with hub_errors(f"list the files of {place.name}", check):
+        return sorted(HfApi().list_repo_files(place.repo, revision=place.revision))
+
+
 def upload(repo: str, files: Mapping[str, str], *, message: str, private: bool = False) -> HubPlace:
     """Write text files into a model repository as one commit; it is made where it does not exist.
 

@@ -154,11 +154,16 @@ class SAE(nn.Module):
         return self
 
     def _normalize(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The token as the SAE sees it, and what puts x_hat back: x_hat * scale + mean; (x, None, None) where nothing does."""
         if self.config.normalize == "none":
             return x, None, None
+        if self.config.normalize == "constant_norm":
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            return x * (self.d_in**0.5 / norm), torch.zeros_like(norm), norm / self.d_in**0.5
         mean = x.mean(-1, keepdim=True)
-        std = (x - mean).std(-1, keepdim=True) + LAYER_NORM_EPS
-        return (x - mean) / std, mean, std
+        std = (x - mean).std(-1, keepdim=True)
+        # The peers (OpenAI, SAELens, BatchTopK) divide by std + eps and multiply by std.
+        return (x - mean) / (std + LAYER_NORM_EPS), mean, std
 
     def pre_acts(self, x: Tensor) -> Tensor:
         """Pre-activations, [..., d_sae], in the SAE's dtype. `x` is [..., d_in], of any float dtype.

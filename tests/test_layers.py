@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "saehook"
 # line. `kernels/*` means every file of that folder; these may import each other.
 LAYERS = [
     "errors metrics kernels/*",
-    "config corpus hub dataset_text bundle files gguf loggers fields",
+    "config corpus hub dataset_text bundle files gguf loggers fields formats/*",
     "losses activation_fns where conditions schedules interventions sites conversation tokenization sweep run_state",
     "sae row_text positions optim batches tracks readback program_file",
     "checkpoint edit_blocks editing results edit_plan full_report sampling_noise calibration methods",

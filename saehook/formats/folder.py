@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,19 +52,29 @@ def read_json(path: Path) -> dict[str, Any]:
 class Files:
     """One file of weights, the configurations beside it, and what its place tells."""
 
-    def __init__(self, path: Path, *, shapes_only: bool = False, rows: Iterable[int] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        shapes_only: bool = False,
+        rows: Iterable[int] | None = None,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
         """Opens the file `path`; its tensors are read when they are used.
 
         Args:
             shapes_only: matrices and vectors are of the device `meta`; only numbers are there.
             rows: only these rows of the decoder are there, the rest is of the device `meta`.
+            known: what the user says and the file may not: `k`, `input_scale`.
 
         Raises:
             FileError, FormatError: as `read_weights`.
         """
         self.path = path
         self.rows = None if rows is None else list(rows)
-        self.entries = read_weights(path)
+        self.known = dict(known or {})
+        self.kind, self.entries = read_weights(path)
+        """`safetensors`, `npz` or `torch`; and what the file holds, by name."""
         self._without = shapes_only, shapes_only or rows is not None
         self._configs: list[tuple[Path, dict[str, Any]]] | None = None
 
@@ -135,7 +146,8 @@ class Files:
     def _read_configs(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         here, above = self.path.parent, self.path.parent.parent
         usual = [here / name for name in CONFIGS if (here / name).exists()]
-        others = [path for path in sorted(here.glob("*.json"))[:50] if path not in usual]
+        same = sorted(here.glob(f"{glob.escape(self.path.stem)}*.json"))[:5]
+        others = same + [path for path in sorted(here.glob("*.json"))[:50] if path not in usual + same]
         others += [above / name for name in CONFIGS]
         for path in usual:
             yield path, read_json(path)

@@ -18,8 +18,9 @@ from saehook.formats.npz import is_npz, read_npz
 ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
 
 
-def read_weights(path: Path) -> dict[str, Any]:
-    """What the file holds by name: tensors; in a torch pickle also numbers, strings and dictionaries of them.
+def read_weights(path: Path) -> tuple[str, dict[str, Any]]:
+    """Its kind, `safetensors`, `npz` or `torch`, and what the file holds by name: tensors; in a torch pickle also numbers,
+    strings and dictionaries of them.
 
     Raises:
         FileError: it is not there or cannot be read.
@@ -31,8 +32,8 @@ def read_weights(path: Path) -> dict[str, Any]:
         if start.startswith(ZIP):
             return _zip(path)
         if start.startswith(PICKLE):
-            return _torch(path, mapped=False)
-        return _safetensors(path)
+            return "torch", _torch(path, mapped=False)
+        return "safetensors", _safetensors(path)
     except FileNotFoundError:
         raise FileError(f"{path} is not there.") from None
     except zipfile.BadZipFile as error:
@@ -43,9 +44,9 @@ def read_weights(path: Path) -> dict[str, Any]:
         raise FileError(f"cannot read {path}: {error}.") from None
 
 
-def _zip(path: Path) -> dict[str, Any]:
+def _zip(path: Path) -> tuple[str, dict[str, Any]]:
     if is_npz(path):
-        return read_npz(path)
+        return "npz", dict(read_npz(path))
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
     if not any(info.filename.endswith("data.pkl") for info in infos):
@@ -56,7 +57,7 @@ def _zip(path: Path) -> dict[str, Any]:
             f"{path}: {packed[0].filename} is compressed ({packed[0].compress_size:,} to {packed[0].file_size:,} bytes); "
             "torch.save does not do that, and it is not unpacked."
         )
-    return _torch(path, mapped=True)
+    return "torch", _torch(path, mapped=True)
 
 
 def _torch(path: Path, *, mapped: bool) -> dict[str, Any]:
