@@ -215,7 +215,8 @@ def load_sae(
         return tensors["W_dec"].to(device or "cpu", dtype)
     ours, foreign = _own_metadata(found)
     sae = SAE(found.config, site=found.site, site_out=found.site_out, device="meta", dtype=dtype)
-    sae.source = (found.path.parent if found.format == "saelens" else found.path).resolve()
+    # Not resolved where it is a file: in the hub's cache that is a link, and its place says what it is.
+    sae.source = found.path.parent.resolve() if found.format == "saelens" else found.path.absolute()
     if sae.threshold is not None and "threshold" not in tensors:
         sae.register_parameter("threshold", None)
     for name, tensor in tensors.items():

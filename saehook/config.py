@@ -154,7 +154,9 @@ class SAEConfig:
         if isinstance(self.activation, GroupMax) and self.d_sae % self.activation.k:
             raise ArgumentError(f"d_sae = {self.d_sae} latents make no {self.activation.k} groups of the same size.")
         if self.normalize not in NORMALIZATIONS:
-            raise ArgumentError(f"SAEConfig.normalize is {self.normalize!r}; expected one of {', '.join(NORMALIZATIONS)}.")
+            raise ArgumentError(
+                f"SAEConfig.normalize is {self.normalize!r}; expected one of {', '.join(NORMALIZATIONS)}."
+            )
 
     def _check_transcoder(self) -> None:
         if self.d_out is None:

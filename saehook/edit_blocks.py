@@ -268,7 +268,7 @@ class LatentBlock(Block):
             change = self.scheduled(p.edit, self._change(p, current, unit_norm), view)
             if p.edit.active_only:
                 assert current is not None
-                firing = current[..., p.columns] != 0
+                firing = self.sae.fires(current[..., p.columns])
                 change = torch.where(firing, change, 0.0)
                 selected = selected & firing.any(-1)
             change = torch.where(selected[..., None], change, 0.0)

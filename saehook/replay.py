@@ -249,9 +249,9 @@ def _sae_ref(hooked: HookedSAEs, site: str) -> SAERef:
         )
     _, reads, writes = hooked.attached[site]
     hashes = _hashes(sae)
-    if WEIGHTS not in hashes:
+    if not {WEIGHTS, sae.source.name} & set(hashes):
         raise FileError(
-            f"{sae.source}, from which the SAE at {site} was read, holds no {WEIGHTS} any more. Load it again."
+            f"{sae.source}, from which the SAE at {site} was read, is or holds no {WEIGHTS} any more. Load it again."
         )
     place = hub.place_of(sae.source)
     return SAERef(
@@ -266,6 +266,8 @@ def _sae_ref(hooked: HookedSAEs, site: str) -> SAERef:
 
 def _hashes(sae: SAE) -> dict[str, str]:
     assert sae.source is not None
+    if sae.source.is_file():
+        return {sae.source.name: sha256(sae.source)}
     return {name: sha256(sae.source / name) for name in (CONFIG, WEIGHTS, STATS) if (sae.source / name).is_file()}
 
 

@@ -204,16 +204,18 @@ class Latents:
     """[S] bool on the CPU: False outside the mask, at special tokens and what the SAE's `mask_rule` leaves out."""
 
     def top(self, n: int = 10) -> list[LatentHit]:
-        """The n latents with the largest activation on any token of the mask, strongest first; fewer if fewer fire."""
+        """The n latents with the largest activation on any token of the mask, in magnitude, strongest first; fewer if fewer
+        fire."""
         if n < 1:
             raise ArgumentError(f"top({n}) asks for no latent; at least 1 is expected.")
         acts = self.acts * self.mask[:, None].to(self.acts.device)
-        values, positions = acts.max(0)
-        values, latents = values.topk(min(n, values.numel()))
+        strengths, positions = acts.abs().max(0)
+        latents = strengths.topk(min(n, strengths.numel())).indices
+        values = acts[positions[latents], latents]
         return [
             LatentHit(latent, value, int(positions[latent]), self.tokens[int(positions[latent])])
             for latent, value in zip(latents.tolist(), values.tolist(), strict=True)
-            if value > 0
+            if value != 0
         ]
 
     def at(self, position: int, n: int = 10) -> list[LatentHit]:
@@ -223,11 +225,12 @@ class Latents:
         if not -len(self.ids) <= position < len(self.ids):
             raise ArgumentError(f"position {position} is outside the {len(self.ids)} tokens.")
         position %= len(self.ids)
-        values, latents = self.acts[position].topk(min(n, self.acts.shape[1]))
+        acts = self.acts[position]
+        latents = acts.abs().topk(min(n, len(acts))).indices
         return [
             LatentHit(latent, value, position, self.tokens[position])
-            for latent, value in zip(latents.tolist(), values.tolist(), strict=True)
-            if value > 0
+            for latent, value in zip(latents.tolist(), acts[latents].tolist(), strict=True)
+            if value != 0
         ]
 
     def l0(self) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saehook.activation_fns import activate
-from saehook.config import BatchTopK, JumpReLU, MaskRule, SAEConfig
+from saehook.config import AbsTopK, BatchTopK, JumpReLU, MaskRule, SAEConfig
 from saehook.errors import ArgumentError, LatentError, MissingStatError, ShapeError
 
 LAYER_NORM_EPS = 1e-5
@@ -90,7 +90,7 @@ class SAE(nn.Module):
         """Which tokens count for this SAE, in training and wherever it is used."""
         self.metadata: dict[str, Any] = {}
         self.source: Path | None = None
-        """The folder that `load_sae` read it from."""
+        """The folder that `load_sae` read it from; in the formats of others the file of its weights."""
 
         def unit_rows(width: int) -> Tensor:
             if device is not None and torch.device(device).type == "meta":  # sizes only: whoever asks fills them in
@@ -158,7 +158,7 @@ class SAE(nn.Module):
         if self.config.normalize == "none":
             return x, None, None
         if self.config.normalize == "constant_norm":
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
             return x * (self.d_in**0.5 / norm), torch.zeros_like(norm), norm / self.d_in**0.5
         mean = x.mean(-1, keepdim=True)
         std = (x - mean).std(-1, keepdim=True)
@@ -184,6 +184,10 @@ class SAE(nn.Module):
     def activate(self, pre_acts: Tensor) -> Tensor:
         """Latent activations from pre-activations by the inference rule; see `encode`."""
         return activate(pre_acts, self.config.activation, self.threshold)
+
+    def fires(self, acts: Tensor) -> Tensor:
+        """Where latents are active: above 0, of an AbsTopK also below."""
+        return acts != 0 if isinstance(self.config.activation, AbsTopK) else acts > 0
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations, dense [..., d_sae], by the inference rule: every token is treated alone.

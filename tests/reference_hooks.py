@@ -141,8 +141,8 @@ def read(lm: Any, site: str, ids: Tensor, **arguments: Any) -> Tensor:
 def _normalised(sae: SAE, x: Tensor) -> tuple[Tensor, float, float]:
     if sae.config.normalize == "none":
         return x, 0.0, 1.0
-    mean, std = float(x.mean()), float(x.std()) + 1e-5
-    return (x - mean) / std, mean, std
+    mean, std = float(x.mean()), float(x.std())
+    return (x - mean) / (std + 1e-5), mean, std
 
 
 @torch.no_grad()

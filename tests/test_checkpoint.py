@@ -161,7 +161,7 @@ def test_a_foreign_file_keeps_its_metadata(tmp_path):
     assert sae.metadata["saelens"]["model_name"] == "gpt2"
     again = load_sae(save_sae(sae, tmp_path / "again"))
     assert again.metadata == sae.metadata
-    assert again.site == sae.site == "transformer.h.1"
+    assert again.site == sae.site == "layers.1.resid_post"
 
 
 def test_reading_leaves_the_random_state_alone(tmp_path):
@@ -284,7 +284,7 @@ def test_folders_that_hold_no_sae(tmp_path):
     with pytest.raises(FileError, match="not there"):
         load_sae(tmp_path / "nothing")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FileError, match="a file, not a folder"):
+    with pytest.raises(FormatError, match="no whole file of weights"):
         load_sae(tmp_path / "file")
     with pytest.raises(FileError, match=f"no {CONFIG}"):
         load_sae(tmp_path)
@@ -295,6 +295,8 @@ def test_folders_that_hold_no_sae(tmp_path):
     (path / WEIGHTS).mkdir()
     with pytest.raises(SaehookError, match=WEIGHTS):
         load_sae(path)
+    (path / WEIGHTS).rmdir()
+    path = written(tmp_path)
     (path / CONFIG).unlink()
     (path / CONFIG).mkdir()
     with pytest.raises(FileError, match=CONFIG):
@@ -380,11 +382,10 @@ JUNK: list[Any] = [True, 0, -1, 1.5, "32", "", "none", [], [32], {}, {"name": "t
         ({"d_in": 48, "d_sae": 32}, "transposed"),
         ({"d_in": 10**9, "d_sae": 10**9}, r"\(32, 48\), but cfg.json says \(1000000000, 1000000000\)"),
         ({"d_in": 10**40}, r"\(32, 48\), but cfg.json says"),
-        ({"normalize_activations": "expected_average_only_in"}, "normalize_activations = 'expected"),
+        ({"normalize_activations": "by the moon"}, "normalize_activations = 'by the moon'"),
         ({"normalize_activations": []}, "normalize_activations"),
         ({"normalize_activations": {}}, "normalize_activations"),
-        ({"reshape_activations": "hook_z"}, "reshape_activations = 'hook_z'"),
-        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm"),
+        ({"reshape_activations": "heads"}, "reshape_activations = 'heads'"),
         ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input"),
         ({"metadata": {"saehook": {"schema": 99}}}, "schema 99"),
         ({"metadata": {"saehook": {"site": 3}}}, "site"),

@@ -101,6 +101,7 @@ def hooked_for(file: ProgramFile, lm: str | None, saes: list[str] | None) -> Hoo
 
     from saehook import hub
     from saehook.checkpoint import load_sae
+    from saehook.formats.repository import local_path
     from saehook.hooked_model import HookedModel
 
     logging.disable_progress_bar()
@@ -109,6 +110,9 @@ def hooked_for(file: ProgramFile, lm: str | None, saes: list[str] | None) -> Hoo
     elif all(ref.repo for ref in file.saes):
         folders = []
         for ref in file.saes:
+            if ref.path and Path(ref.path).name in ref.sha256:  # a file in the format of others, with what is beside it
+                folders.append(local_path(f"{hub.PREFIX}{ref.repo}", ref.path, ref.revision))
+                continue
             place = hub.HubPlace(str(ref.repo), ref.revision, ref.path)
             folders.append([hub.download(place, name) for name in ref.sha256][0].parent)
     elif lm:

@@ -190,7 +190,12 @@ def _nothing(path: Path) -> FileError:
     if (path / "cfg.json").is_file():
         return FileError(f"{path} has cfg.json but no sae_weights.safetensors or other weights. Copy the whole folder.")
     below = sorted(
-        {str(p.parent.relative_to(path)) for name in USUAL for depth in ("*", "*/*", "*/*/*") for p in path.glob(f"{depth}/{name}")}
+        {
+            str(p.parent.relative_to(path))
+            for name in USUAL
+            for depth in ("*", "*/*", "*/*/*")
+            for p in path.glob(f"{depth}/{name}")
+        }
     )
     hint = f" Below it are {', '.join(below[:20])}: name one with sub=." if below else ""
     return FileError(

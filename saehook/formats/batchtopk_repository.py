@@ -28,7 +28,7 @@ KNOWN = set(
 
 def matches(files: Files) -> bool:
     """Our names, and a configuration with act_size and dict_size."""
-    return NEEDED <= files.names and files.config("act_size", "dict_size") is not None
+    return files.names >= NEEDED and files.config("act_size", "dict_size") is not None
 
 
 def read(files: Files) -> Contents:

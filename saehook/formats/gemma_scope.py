@@ -48,13 +48,17 @@ def read(files: Files) -> Contents:
     if embedding:
         site = "blocks.0.hook_resid_pre"
         tensors = folding.input_scale(tensors, d_in**-0.5)
-        notes.append("of embeddings before they are multiplied by sqrt(d_in), which is folded: it reads the stream itself")
+        notes.append(
+            "of embeddings before they are multiplied by sqrt(d_in), which is folded: it reads the stream itself"
+        )
     elif is_transcoder and layer:
         site, site_out = f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out"
     elif layer and kind:
         site = f"blocks.{layer}.{HOOKS[kind]}"
     else:
-        notes.append("neither file nor path says its site: the folders of Gemma Scope do (gemma-scope-2b-pt-res/layer_12/..)")
+        notes.append(
+            "neither file nor path says its site: the folders of Gemma Scope do (gemma-scope-2b-pt-res/layer_12/..)"
+        )
     config = SAEConfig(
         d_in=d_in,
         d_sae=len(tensors["b_enc"]),
@@ -62,7 +66,5 @@ def read(files: Files) -> Contents:
         subtract_b_dec=False,
         d_out=d_out if is_transcoder else None,
     )
-    provenance = Provenance(
-        format="gemma_scope", peer_site=site, peer_site_out=site_out, lm=lm, notes=tuple(notes)
-    )
+    provenance = Provenance(format="gemma_scope", peer_site=site, peer_site_out=site_out, lm=lm, notes=tuple(notes))
     return Contents(config, tensors, provenance)

@@ -26,9 +26,7 @@ def read(files: Files) -> Contents:
         "b_enc": files.tensor("encoder_linear.bias"),
         "b_dec": files.tensor("decoder_linear.bias"),
     }
-    config = SAEConfig(
-        d_in=len(tensors["b_dec"]), d_sae=len(tensors["b_enc"]), activation=ReLU(), subtract_b_dec=False
-    )
+    config = SAEConfig(d_in=len(tensors["b_dec"]), d_sae=len(tensors["b_enc"]), activation=ReLU(), subtract_b_dec=False)
     named, layer = files.in_path(r"([^/]+)-SAE-l\d+"), files.in_path(r"-SAE-l(\d+)")
     provenance = Provenance(
         format="goodfire",

@@ -26,7 +26,7 @@ NORM = "dataset_average_activation_norm"
 
 def matches(files: Files) -> bool:
     """Torch's names, and one of the two kinds of thresholds."""
-    return NEEDED <= files.names and (
+    return files.names >= NEEDED and (
         LOG_THRESHOLD in files.names or files.config("d_model", "jump_relu_threshold") is not None
     )
 
@@ -41,7 +41,8 @@ def read(files: Files) -> Contents:
     if data is None:
         raise FormatError(f"{files.path}: config.json beside it, which says d_model, is missing.")
     d_in = whole_number(data, "d_model", path)
-    d_sae = whole_number(data, "d_sae", path, d_in * whole_number(data, "expansion_factor", path, 1))
+    factor = 1 if "d_sae" in data else whole_number(data, "expansion_factor", path)
+    d_sae = whole_number(data, "d_sae", path, d_in * factor)
     if data.get("use_decoder_bias") is False or data.get("apply_decoder_bias_to_pre_encoder"):
         raise FormatError(f"{path}: such a use of the decoder's bias is not supported.")
     tensors = {

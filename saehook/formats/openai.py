@@ -27,7 +27,7 @@ HOOKS = {
 
 def matches(files: Files) -> bool:
     """The names of the two biases."""
-    return NEEDED <= files.names
+    return files.names >= NEEDED
 
 
 def read(files: Files) -> Contents:
@@ -75,7 +75,9 @@ def _activation(files: Files) -> Activation:
     k = state.get("k", files.entries.get("activation.k"))
     after = state.get("postact_fn", files.entries.get("activation.postact_fn", "ReLU"))
     if name != "TopK" or after != "ReLU":
-        raise FormatError(f"{files.path}: the activation {name!r} with {after!r} is not supported; ReLU and TopK with ReLU are.")
+        raise FormatError(
+            f"{files.path}: the activation {name!r} with {after!r} is not supported; ReLU and TopK with ReLU are."
+        )
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise FormatError(f"{files.path}: k of its TopK is {k!r}; a whole number of at least 1 is expected.")
     return TopK(k=k)

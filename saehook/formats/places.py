@@ -37,7 +37,12 @@ MODULES = {
     "post_feedforward_layernorm.output": "mlp_out",
 }
 """Module below a layer and side → kind, where they are the same in every architecture that has such a module."""
-OWN = {"mlp.output": "mlp_out", "self_attn.output": "attn_out", "attn.output": "attn_out", "attention.output": "attn_out"}
+OWN = {
+    "mlp.output": "mlp_out",
+    "self_attn.output": "attn_out",
+    "attn.output": "attn_out",
+    "attention.output": "attn_out",
+}
 """What a module puts out itself → kind, in architectures without a norm behind it."""
 INSIDE_A_NORM = ("ln1.hook_normalized", "ln2.hook_normalized")
 

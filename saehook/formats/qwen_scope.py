@@ -1,5 +1,5 @@
-"""Qwen Scope: `layer{L}.sae.pt` with W_enc [d_sae, d_in], W_dec [d_in, d_sae], b_enc, b_dec. No configuration: LM and k are those of
-the repository's name, `SAE-Res-Qwen3-1.7B-Base-W32K-L0_50`.
+"""Qwen Scope: `layer{L}.sae.pt` with W_enc [d_sae, d_in], W_dec [d_in, d_sae], b_enc, b_dec. No configuration: LM and k are
+those of the repository's name, `SAE-Res-Qwen3-1.7B-Base-W32K-L0_50`.
 
 TopK on the output of the layer; b_dec is not subtracted.
 """

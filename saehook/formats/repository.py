@@ -48,9 +48,7 @@ def local_path(path: str | Path, sub: str | None = None, revision: str | None = 
         raise FileError(f"{inside} is not there; {here} holds {', '.join(names) or 'nothing'}.")
     if hub.is_repo(str(path)):
         return _fetch(hub.HubPlace(str(path), revision), sub)
-    raise FileError(
-        f"{here} is not there. Name a folder or file of weights, or owner/name on the hub."
-    )
+    raise FileError(f"{here} is not there. Name a folder or file of weights, or owner/name on the hub.")
 
 
 def _fetch(place: hub.HubPlace, sub: str | None) -> Path:
@@ -89,7 +87,13 @@ def _choose(names: list[str], sub: str | None, place: hub.HubPlace) -> list[str]
         close = [name for name in known if sub and name.startswith(sub.split("/")[0])] or known
         more = f" and {len(close) - MAX_LISTED} more" if len(close) > MAX_LISTED else ""
         what = f"{len(chosen)} SAEs" if chosen else f"no weights at {sub!r}" if sub else "no weights"
-        raise FileError(f"{place.name} holds {what}: there are {', '.join(close[:MAX_LISTED])}{more}. Name one with sub=.")
+        raise FileError(
+            f"{place.name} holds {what}: there are {', '.join(close[:MAX_LISTED])}{more}. Name one with sub=."
+        )
     above = set(PurePosixPath(chosen[0]).parents)
-    beside = [n for n in names if PurePosixPath(n).name in BESIDE and PurePosixPath(n).parent == PurePosixPath(chosen[0]).parent]
+    beside = [
+        n
+        for n in names
+        if PurePosixPath(n).name in BESIDE and PurePosixPath(n).parent == PurePosixPath(chosen[0]).parent
+    ]
     return chosen + beside + [n for n in names if n.endswith(CONFIGS) and PurePosixPath(n).parent in above]

@@ -69,7 +69,9 @@ def _torch(path: Path, *, mapped: bool) -> dict[str, Any]:
             f"{path} is a pickle that carries code or objects, not only tensors; such pickles are never read ({said[:200]})."
         ) from None
     except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise FormatError(f"{path} is no whole torch file ({str(error).splitlines()[0][:200]}). Copy it again.") from None
+        raise FormatError(
+            f"{path} is no whole torch file ({str(error).splitlines()[0][:200]}). Copy it again."
+        ) from None
     if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
         raise FormatError(f"{path} holds {type(data).__name__}; a state dict, tensors by name, is expected.")
     return dict(data)

@@ -1,0 +1,471 @@
+"""The formats of published SAEs: small files of each layout compute what the layout means; what a path is; safe reading."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import format_files
+import numpy as np
+import pytest
+import torch
+from builders import tiny_sae
+from format_files import CASES, D_IN, D_SAE, K, Written, numbers
+from safetensors.torch import load_file, save_file
+
+import saehook
+from saehook.checkpoint import load_sae, save_sae
+from saehook.config import AbsTopK, BatchTopK, GroupMax, JumpReLU
+from saehook.errors import ArgumentError, FileError, FormatError, MissingStatError
+from saehook.formats import identify, our_site
+
+
+def x() -> torch.Tensor:
+    return torch.randn(8, D_IN, generator=torch.Generator().manual_seed(1)) * 2 + 0.5
+
+
+# --- what each layout means ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_published_layout_computes_what_it_means(tmp_path, name):
+    written = CASES[name](tmp_path)
+    sae = load_sae(written.path)
+    acts, x_hat = written.rule(x())
+    found = sae(x())
+    torch.testing.assert_close(found.acts, acts, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.x_hat, x_hat, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.encode(x()), acts, rtol=1e-5, atol=1e-5)
+    assert 0 < (acts != 0).float().mean() < 1
+    assert (sae.site, sae.site_out) == (written.site, written.site_out)
+    assert sae.metadata["lm"]["id"] == written.lm
+    assert sae.metadata["source"]["format"] == written.format
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_identify_says_the_same_without_reading(tmp_path, name):
+    written = CASES[name](tmp_path)
+    found, sae = identify(written.path), load_sae(written.path)
+    assert found.format == written.format
+    assert found.config == sae.config
+    assert (found.site, found.site_out, found.lm) == (written.site, written.site_out, written.lm)
+
+
+@pytest.mark.parametrize("name", ["gemma_scope_2 transcoder_affine", "openai TopK", "llama_scope", "qwen_scope"])
+def test_what_is_written_again_is_the_same_sae(tmp_path, name):
+    sae = load_sae(CASES[name](tmp_path).path)
+    again = load_sae(save_sae(sae, tmp_path / "ours"))
+    assert again.config == sae.config
+    assert (again.site, again.site_out) == (sae.site, sae.site_out)
+    assert again.metadata == sae.metadata
+    torch.testing.assert_close(again(x()).x_hat, sae(x()).x_hat)
+    assert identify(tmp_path / "ours").format == "saelens"
+
+
+def test_some_rows_of_the_decoder(tmp_path):
+    for i, (name, make) in enumerate(CASES.items()):
+        written = make(tmp_path / str(i))
+        rows = load_sae(written.path, rows=[3, 0, 3])
+        assert torch.equal(rows, load_sae(written.path).W_dec[[3, 0, 3]]), name
+    with pytest.raises(FormatError, match="row 24 .* outside 0..23"):
+        load_sae(written.path, rows=[D_SAE])
+    with pytest.raises(ArgumentError, match="rows has -1"):
+        load_sae(written.path, rows=[-1])
+
+
+def test_a_batchtopk_without_threshold_says_so(tmp_path, caplog):
+    written = format_files.batchtopk_repository(tmp_path, "batchtopk")
+    with caplog.at_level(logging.WARNING, "saehook"):
+        sae = load_sae(written.path)
+    assert "holds no threshold" in caplog.text
+    assert sae.config.activation == BatchTopK(k=K)
+    with pytest.raises(MissingStatError, match="without threshold"):
+        sae.encode(x())
+    sae.set_threshold(0.3)
+    torch.testing.assert_close(sae(x()).x_hat, written.rule(x())[1], rtol=1e-5, atol=1e-5)
+
+
+def test_an_sae_that_normalises_each_token_decodes_only_with_it(tmp_path):
+    sae = load_sae(format_files.openai(tmp_path).path)
+    acts = sae.encode(x())
+    with pytest.raises(ArgumentError, match="normalises each token"):
+        sae.decode(acts)
+    torch.testing.assert_close(sae.decode(acts, x()), sae(x()).x_hat)
+
+
+def test_the_new_activation_functions():
+    pre = torch.tensor([[3.0, -4.0, 1.0, 0.5, -0.1, -2.0]])
+    from saehook.activation_fns import activate
+
+    assert activate(pre, AbsTopK(k=2), None).tolist() == [[3.0, -4.0, 0, 0, 0, 0]]
+    assert activate(pre, GroupMax(k=2), None).tolist() == [[3.0, 0, 0, 0.5, 0, 0]]
+    assert activate(pre[:, 3:], GroupMax(k=3), None).tolist() == [[0.5, 0, 0]]
+    with pytest.raises(ArgumentError, match="no 5 groups"):
+        saehook.SAEConfig(d_in=4, d_sae=24, activation=GroupMax(k=5))
+
+
+@pytest.mark.parametrize("activation", [AbsTopK(k=4), GroupMax(k=4)])
+@pytest.mark.parametrize("normalize", ["none", "constant_norm"])
+def test_ours_with_them_come_back(tmp_path, activation, normalize):
+    sae = tiny_sae(activation=activation, normalize=normalize)
+    again = load_sae(save_sae(sae, tmp_path))
+    assert again.config == sae.config
+    inputs = torch.randn(5, 32)
+    assert torch.equal(again(inputs).x_hat, sae(inputs).x_hat)
+
+
+@pytest.mark.parametrize(
+    ("name", "lm", "site"),
+    [
+        ("blocks.8.hook_resid_pre", None, "layers.8.resid_pre"),
+        ("blocks.3.attn.hook_z", None, "layers.3.attn_z"),
+        ("blocks.3.hook_mlp_out", "google/gemma-2-2b", "layers.3.mlp_out"),
+        ("model.layers.8", None, "layers.8.resid_post"),
+        ("model.layers.3.self_attn.o_proj.input", None, "layers.3.attn_z"),
+        ("model.layers.3.post_feedforward_layernorm.output", None, "layers.3.mlp_out"),
+        ("h.8.mlp", "gpt2", "layers.8.mlp_out"),
+        ("layers.8.mlp", "google/gemma-2-2b", "model.layers.8.mlp:output"),
+        ("layers.8.mlp.input", "google/gemma-2-2b", "layers.8.mlp_in"),
+        ("gpt_neox.layers.2.attention", None, "layers.2.attn_out"),
+        ("resid_post_layer_8", None, "layers.8.resid_post"),
+        ("layers.2.mlp_out", None, "layers.2.mlp_out"),
+        ("embed_tokens", None, "embed_tokens"),
+        ("blocks.1.ln2.hook_normalized", None, None),
+        (None, None, None),
+    ],
+)
+def test_sites_by_the_names_of_others(name, lm, site):
+    assert our_site(name, lm) == site
+
+
+def test_a_value_inside_a_norm_is_no_site_and_said(tmp_path):
+    found = identify(format_files.gemma_scope(tmp_path, "transcoders").path)
+    assert found.site is None
+    assert any("layers.12.mlp_in is that value times the gain" in note for note in found.notes)
+
+
+def test_unknown_keys_are_named_and_kept(tmp_path, caplog):
+    written = format_files.batchtopk_repository(tmp_path)
+    path = written.path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"phase_of_the_moon": 0.5}))
+    assert any("phase_of_the_moon" in note for note in identify(written.path).notes)
+    with caplog.at_level(logging.WARNING, "saehook"):
+        sae = load_sae(written.path)
+    assert "phase_of_the_moon" in caplog.text
+    assert sae.metadata["source"]["config"]["phase_of_the_moon"] == 0.5
+
+
+# --- which file it is ------------------------------------------------------------------------------------------------
+
+
+def test_the_format_is_found_by_what_is_in_the_files(tmp_path):
+    """Other names, and other files beside: notes, a picture, an optimizer, damaged files that nobody needs."""
+    written = format_files.batchtopk_repository(tmp_path)
+    (written.path / "sae.pt").rename(written.path / "weights.bin")
+    (written.path / "config.json").rename(written.path / "settings.json")
+    (written.path / "README.md").write_text("# An SAE")
+    (written.path / "broken.json").write_text("{")
+    (written.path / "plot.png").write_bytes(b"\x89PNG")
+    torch.save({"state": {0: torch.ones(3)}, "param_groups": []}, written.path / "optimizer.pt")
+    (written.path / "half.safetensors").write_bytes(b"\x00\x01")
+    torch.testing.assert_close(load_sae(written.path)(x()).x_hat, written.rule(x())[1], rtol=1e-5, atol=1e-5)
+
+
+def test_several_saes_in_a_folder_are_named(tmp_path):
+    written = format_files.qwen_scope(tmp_path)
+    folder = written.path.parent
+    with pytest.raises(FileError, match=r"2 SAEs: layer0.sae.pt, layer5.sae.pt. Name one with sub="):
+        load_sae(folder)
+    assert load_sae(folder, "layer5.sae.pt").site == "layers.5.resid_post"
+    with pytest.raises(FileError, match=r"is not there; .* holds layer0.sae.pt, layer5.sae.pt"):
+        load_sae(folder, "layer6.sae.pt")
+    with pytest.raises(ArgumentError, match="sub="):
+        load_sae(folder, "../secret")
+    gemma = format_files.gemma_scope(tmp_path)
+    with pytest.raises(FileError, match="Below it are .*average_l0_82: name one"):
+        load_sae(gemma.path.parents[1])
+
+
+def test_a_k_that_no_file_says(tmp_path):
+    written = format_files.qwen_scope(tmp_path)
+    bare = tmp_path / "elsewhere" / "layer5.pt"
+    bare.parent.mkdir()
+    bare.write_bytes(written.path.read_bytes())
+    with pytest.raises(FormatError, match="Give k="):
+        load_sae(bare)
+    torch.testing.assert_close(load_sae(bare, k=K)(x()).x_hat, written.rule(x())[1], rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_scale_that_no_file_says(tmp_path, caplog):
+    written = format_files.llama_scope_r1(tmp_path)
+    with caplog.at_level(logging.WARNING, "saehook"):
+        load_sae(written.path)
+    assert "no file says which number" in caplog.text
+    sae = load_sae(written.path, input_scale=1.5)
+    acts, x_hat = written.rule(x() * 1.5)
+    torch.testing.assert_close(sae.encode(x()), acts, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(x()).x_hat, x_hat / 1.5, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_without_network_says_which_files_would_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileError, match=r"models--google--gemma-scope-2b-pt-res.snapshots: copy its files there"):
+        load_sae("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
+    written = format_files.gemma_scope(tmp_path)
+    snapshot = tmp_path / "hub" / "models--google--gemma-scope-2b-pt-res" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (written.path.parents[1]).rename(snapshot / "layer_12")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    sae = load_sae("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
+    assert (sae.site, sae.metadata["lm"]["id"]) == ("layers.12.resid_post", "google/gemma-2-2b")
+    with pytest.raises(FileError, match="no weights at 'layer_13'"):
+        load_sae("google/gemma-scope-2b-pt-res", "layer_13")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def mapped_files() -> str:
+    return Path("/proc/self/maps").read_text()
+
+
+def test_weights_stay_maps_of_the_file(tmp_path):
+    made = {
+        "safetensors": save_sae(tiny_sae(), tmp_path / "ours") / "sae_weights.safetensors",
+        "torch": format_files.qwen_scope(tmp_path).path,
+    }
+    for kind, path in made.items():
+        sae = load_sae(path)
+        regions = [line.split()[0] for line in mapped_files().splitlines() if line.endswith(str(path))]
+        spans = [tuple(int(end, 16) for end in region.split("-")) for region in regions]
+        at = sae.W_enc.data_ptr()
+        assert any(low <= at < high for low, high in spans), kind
+        with torch.no_grad():
+            sae.W_enc.mul_(2)
+        assert torch.equal(load_sae(path).W_enc * 2, sae.W_enc), "a write does not reach the file"
+
+
+# --- files that are not what they should be --------------------------------------------------------------------------
+
+
+class Bomb:
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.witness,))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_pickle_is_never_run(tmp_path, legacy):
+    witness = tmp_path / "witness"
+    path = tmp_path / "ae.pt"
+    if legacy:
+        path.write_bytes(pickle.dumps({"W_enc": Bomb(witness)}, protocol=2))
+    else:
+        torch.save({"encoder.weight": torch.ones(3, 2), "run": Bomb(witness)}, path)
+    for what in (path, tmp_path):
+        with pytest.raises(FormatError, match="carries code or objects.*never read"):
+            load_sae(what)
+    assert not witness.exists()
+
+
+def test_a_pickle_that_is_no_state_dict(tmp_path):
+    torch.save([torch.ones(3)], tmp_path / "ae.pt")
+    with pytest.raises(FormatError, match="holds list; a state dict"):
+        load_sae(tmp_path)
+    torch.save({"weight": torch.ones(3)}, tmp_path / "ae.pt")
+    with pytest.raises(FormatError, match="of no format that saehook reads: it holds weight"):
+        load_sae(tmp_path)
+
+
+def cuda_tagged(path: Path) -> None:
+    """Make a torch file say that its tensors were on a GPU, as files do that were saved there."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            data = (
+                data.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0") if name.endswith("data.pkl") else data
+            )
+            archive.writestr(name, data)
+    assert b"cuda:0" in path.read_bytes()
+
+
+def test_tensors_that_were_saved_on_a_gpu(tmp_path):
+    written = format_files.goodfire(tmp_path)
+    cuda_tagged(written.path)
+    torch.testing.assert_close(load_sae(written.path)(x()).x_hat, written.rule(x())[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_compressed_torch_file_is_not_unpacked(tmp_path):
+    written = format_files.goodfire(tmp_path)
+    with zipfile.ZipFile(written.path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(written.path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    with pytest.raises(FormatError, match="is compressed"):
+        load_sae(written.path)
+
+
+def npz(path: Path, arrays: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in arrays.items():
+            archive.writestr(f"{name}.npy", data)
+    return path
+
+
+def npy(array: np.ndarray[Any, Any], shape: tuple[int, ...] | None = None) -> bytes:
+    """The bytes of an array, its header maybe of another shape."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": array.dtype.str, "fortran_order": False, "shape": shape or array.shape}
+    )
+    return buffer.getvalue() + array.tobytes()
+
+
+def test_zip_bombs_and_wrong_sizes_in_npz(tmp_path):
+    zeros = np.zeros(30 * 2**20, "f4")
+    bomb = npz(tmp_path / "bomb.npz", {"W_enc": npy(zeros)}, zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 2**20
+    with pytest.raises(FormatError, match="would unpack from"):
+        load_sae(bomb)
+    small = np.ones(6, "f4")
+    with pytest.raises(FormatError, match=r"shape \(2, 2\), which is .* bytes, and the file holds"):
+        load_sae(npz(tmp_path / "longer.npz", {"W_enc": npy(small, (2, 2))}))
+    with pytest.raises(FormatError, match="shape"):
+        load_sae(npz(tmp_path / "huge.npz", {"W_enc": npy(small, (10**6, 10**6))}))
+    objects = io.BytesIO()
+    np.save(objects, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(FormatError, match="pickled objects are never read"):
+        load_sae(npz(tmp_path / "objects.npz", {"W_enc": objects.getvalue()}))
+    with pytest.raises(FormatError, match="header"):
+        load_sae(npz(tmp_path / "none.npz", {"W_enc": b"nothing"}))
+    whole = format_files.gemma_scope(tmp_path).path / "params.npz"
+    whole.write_bytes(whole.read_bytes()[:-200])
+    with pytest.raises(FormatError, match="no whole zip"):
+        load_sae(whole)
+
+
+def test_safetensors_with_more_or_less_than_its_header_says(tmp_path):
+    path = format_files.gemma_scope_2(tmp_path).path / "params.safetensors"
+    data = path.read_bytes()
+    for changed in (data + b"more", data[:-4], data[:20], b""):
+        path.write_bytes(changed)
+        with pytest.raises(FormatError, match="no whole file of weights"):
+            load_sae(path)
+
+
+def saelens(path: Path, **changes: Any) -> Path:
+    """A folder of SAELens with tensors replaced, or taken out where None."""
+    save_sae(tiny_sae(d_in=D_IN, d_sae=D_SAE, activation="jumprelu"), path)
+    file = path / "sae_weights.safetensors"
+    tensors = load_file(file) | changes
+    save_file({name: t.contiguous() for name, t in tensors.items() if t is not None}, file)
+    return path
+
+
+def test_nan_a_missing_threshold_and_unknown_tensors(tmp_path):
+    nan = numbers(D_SAE, D_IN)
+    nan[3, 4] = float("nan")
+    with pytest.raises(FormatError, match="W_dec holds NaN"):
+        load_sae(saelens(tmp_path / "nan", W_dec=nan))
+    with pytest.raises(FormatError, match="threshold is missing"):
+        load_sae(saelens(tmp_path / "threshold", threshold=None))
+    with pytest.raises(FormatError, match="phase is unknown"):
+        load_sae(saelens(tmp_path / "unknown", phase=torch.ones(3)))
+    with pytest.raises(FormatError, match="a float dtype is expected"):
+        load_sae(saelens(tmp_path / "whole", W_dec=torch.ones(D_SAE, D_IN, dtype=torch.int32)))
+
+
+def test_transposed_matrices_by_their_shape(tmp_path):
+    for name, shape in (("W_dec", (D_IN, D_SAE)), ("W_enc", (D_SAE, D_IN))):
+        with pytest.raises(FormatError, match=f"{name} is transposed: it has shape"):
+            load_sae(saelens(tmp_path / name, **{name: numbers(*shape)}))
+    written = format_files.openai(tmp_path)
+    state = torch.load(written.path)
+    torch.save(state | {"decoder.weight": state["decoder.weight"].T.contiguous()}, written.path)
+    with pytest.raises(FormatError, match="W_dec is transposed"):
+        load_sae(written.path)
+
+
+def test_a_square_matrix_that_is_transposed_shows_by_its_norms(tmp_path):
+    rows = torch.nn.functional.normalize(numbers(12, 12), dim=1)
+    save_sae(tiny_sae(d_in=12, d_sae=12, activation="relu"), tmp_path)
+    file = tmp_path / "sae_weights.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"W_dec": rows}, file)
+    assert torch.equal(load_sae(tmp_path).W_dec, rows)
+    save_file(tensors | {"W_dec": rows.T.contiguous()}, file)
+    with pytest.raises(FormatError, match="W_dec is transposed: it is square, and its columns have norm 1"):
+        load_sae(tmp_path)
+
+
+def change(written: Written, name: str, **changes: Any) -> Path:
+    path = written.path / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return written.path
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"dict_size": 23}, r"W_enc has shape \(10, 24\), but its configuration says \(10, 23\)"),
+        ({"act_size": "ten"}, "act_size is 'ten'"),
+        ({"sae_type": "quantum"}, "sae_type 'quantum' is unknown"),
+        ({"top_k": 25}, "k = 25"),
+        ({"top_k": None}, "top_k is None"),
+        ({"sae_type": "jumprelu"}, "log_threshold is missing"),
+        ({"activation": "gelu"}, "'gelu' is not supported"),
+    ],
+)
+def test_a_configuration_that_contradicts_the_tensors(tmp_path, changes, match):
+    with pytest.raises(FormatError, match=match):
+        load_sae(change(format_files.batchtopk_repository(tmp_path), "config.json", **changes))
+
+
+def test_dictionaries_that_do_not_say_what_they_are(tmp_path):
+    state = {
+        "encoder.weight": numbers(D_SAE, D_IN), "encoder.bias": numbers(D_SAE), "decoder.weight": numbers(D_IN, D_SAE),
+        "b_dec": numbers(D_IN), "k": torch.tensor(4, dtype=torch.int), "threshold": torch.tensor(-1.0),
+    }  # fmt: skip
+    torch.save(state, tmp_path / "ae.pt")
+    with pytest.raises(FormatError, match="AutoEncoderTopK or BatchTopKSAE.*config.json.*is missing"):
+        load_sae(tmp_path)
+    config = {
+        "trainer": {"dict_class": "BatchTopKSAE", "activation_dim": D_IN, "dict_size": D_SAE, "k": 4},
+        "buffer": {},
+    }
+
+    def written(**changes: Any) -> Path:
+        data = config | {"trainer": {**config["trainer"], **changes}}
+        (tmp_path / "config.json").write_text(json.dumps(data))
+        return tmp_path
+
+    sae = load_sae(written())
+    assert any("had set none yet" in note for note in sae.metadata["source"]["notes"])
+    torch.testing.assert_close(sae.encode(x()), sae.pre_acts(x()).relu())
+    for changes, match in (
+        ({"k": 5}, "says k = 5, and ae.pt holds k = 4"),
+        ({"dict_size": 25}, "dict_size = 25, and the tensors have 24"),
+        ({"dict_class": "GatedAutoEncoder"}, "gate_bias.*missing"),
+        ({"dict_class": "CrossCoder"}, "'CrossCoder' is unknown"),
+    ):
+        with pytest.raises(FormatError, match=match):
+            load_sae(written(**changes))
+
+
+def test_jumprelu_of_other_names_keeps_float32_thresholds(tmp_path):
+    sae = load_sae(format_files.llama_scope(tmp_path).path, dtype=torch.bfloat16)
+    assert sae.config.activation == JumpReLU()
+    assert sae.dtype == torch.bfloat16
+    assert sae.threshold is not None
+    assert sae.threshold.dtype == torch.float32
