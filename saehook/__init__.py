@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from saehook.checkpoint import load_sae as load_sae
     from saehook.checkpoint import save_sae as save_sae
     from saehook.conditions import latent as latent
+    from saehook.config import AbsTopK as AbsTopK
     from saehook.config import BatchTopK as BatchTopK
+    from saehook.config import GroupMax as GroupMax
     from saehook.config import JumpReLU as JumpReLU
     from saehook.config import ReLU as ReLU
     from saehook.config import SAEConfig as SAEConfig
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from saehook.config import TrainConfig as TrainConfig
     from saehook.errors import SaehookError as SaehookError
     from saehook.evaluation import evaluate as evaluate
+    from saehook.formats import identify as identify
     from saehook.hooked_model import HookedModel as HookedModel
     from saehook.interventions import Edit as Edit
     from saehook.interventions import Program as Program
@@ -54,8 +57,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AbsTopK": "config",
     "BatchTopK": "config",
     "Edit": "interventions",
+    "GroupMax": "config",
     "HookedModel": "hooked_model",
     "JumpReLU": "config",
     "Program": "interventions",
@@ -78,6 +83,7 @@ _HOME = {
     "clamp": "interventions",
     "evaluate": "evaluation",
     "generation": "where",
+    "identify": "formats",
     "keep_only": "interventions",
     "latent": "conditions",
     "load_sae": "checkpoint",
@@ -99,8 +105,10 @@ _HOME = {
 
 __all__ = [
     "SAE",
+    "AbsTopK",
     "BatchTopK",
     "Edit",
+    "GroupMax",
     "HookedModel",
     "JumpReLU",
     "Program",
@@ -122,6 +130,7 @@ __all__ = [
     "clamp",
     "evaluate",
     "generation",
+    "identify",
     "keep_only",
     "latent",
     "load_sae",

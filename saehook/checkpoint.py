@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 CONFIG, WEIGHTS, STATS = "cfg.json", "sae_weights.safetensors", "stats.safetensors"
+SPARSITY = "sparsity.safetensors"
+"""Of SAELens: `sparsity` [d_sae], log10 of the share of tokens on which a latent fired, plus 1e-10."""
 SAELENS_VERSION = "6.54.12"
 """The version of SAELens whose layout this is; it reads the field to choose its reader."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -129,6 +131,11 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
             save_file(stats, partial, metadata={"tokens": str(sae.stats.tokens)})
     else:
         (path / STATS).unlink(missing_ok=True)
+    if sae.density is not None:
+        with atomically(path / SPARSITY) as partial:
+            save_file({"sparsity": (sae.density.detach().float().cpu() + 1e-10).log10()}, partial)
+    else:
+        (path / SPARSITY).unlink(missing_ok=True)
     atomic_write(path / CONFIG, text)
     return path
 
@@ -225,6 +232,9 @@ def load_sae(
     folder = found.path.parent
     if found.format == "saelens" and (folder / STATS).exists():
         sae.stats = _read_stats(folder / STATS, sae.d_sae, sae.d_out)
+    if found.format == "saelens" and (folder / SPARSITY).exists():
+        log_density = _read_tensors(folder / SPARSITY, {"sparsity": (sae.d_sae,)})["sparsity"]
+        sae.density = (10.0 ** log_density.float() - 1e-10).clamp_(0.0, 1.0)
     if "mask_rule" in ours:
         try:
             sae.mask_rule = mask_rule_from_data(ours["mask_rule"])

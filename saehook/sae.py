@@ -86,6 +86,8 @@ class SAE(nn.Module):
         self.site = site
         self.site_out = site_out
         self.stats: LatentStats | None = None
+        self.density: Tensor | None = None
+        """Share of tokens on which each latent fired, [d_sae], float32, where a file of SAELens says it without `stats`."""
         self.mask_rule = MaskRule()
         """Which tokens count for this SAE, in training and wherever it is used."""
         self.metadata: dict[str, Any] = {}

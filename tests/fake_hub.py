@@ -1,4 +1,5 @@
-"""A small model hub on this machine: the few requests that creating, committing and downloading make, served from memory."""
+"""A small model hub on this machine: the few requests that creating, committing, listing and downloading make, served from
+memory."""
 
 from __future__ import annotations
 
@@ -84,7 +85,20 @@ def fake_hub() -> Iterator[FakeHub]:
             oid = hub.commit_id(found[1], len(commits) - 1)
             return self.json({"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{found[1]}/commit/{oid}"})
 
+        def list_files(self) -> bool:
+            """Answers a request for a repository's files."""
+            found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/?]+)", self.path.split("?")[0])
+            stored = hub.files(found[1], found[2]) if found else None
+            if stored is None:
+                return False
+            self.json(
+                [{"type": "file", "path": path, "size": len(d), "oid": "0" * 40} for path, d in stored[1].items()]
+            )
+            return True
+
         def do_GET(self) -> None:
+            if self.list_files():
+                return
             found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path.split("?")[0])
             stored = hub.files(found[1], found[2]) if found else None
             if found is None or found[1] not in hub.repos:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import pickle
+import random
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from builders import tiny_sae
+from fake_hub import fake_hub
 from format_files import CASES, D_IN, D_SAE, K, Written, numbers
 from safetensors.torch import load_file, save_file
 
 import saehook
 from saehook.checkpoint import load_sae, save_sae
 from saehook.config import AbsTopK, BatchTopK, GroupMax, JumpReLU
-from saehook.errors import ArgumentError, FileError, FormatError, MissingStatError
+from saehook.errors import ArgumentError, FileError, FormatError, MissingStatError, SaehookError
 from saehook.formats import identify, our_site
 
 
@@ -229,6 +231,40 @@ def test_a_folder_without_network_says_which_files_would_do(tmp_path, monkeypatc
         load_sae("google/gemma-scope-2b-pt-res", "layer_13")
 
 
+def test_from_the_hub_only_what_the_sae_needs(tmp_path, monkeypatch):
+    names = ("layers.3.mlp", "layers.10")
+    run = {
+        "config.json": json.dumps({"sae": {}, "batch_size": 32, "model": "tiny"}).encode(),
+        "layers.3.mlp/big.bin": b"x",
+    }
+    for name in names:
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors = {
+            "encoder.weight": numbers(D_SAE, D_IN), "encoder.bias": numbers(D_SAE), "W_dec": numbers(D_SAE, D_IN),
+            "b_dec": numbers(D_IN),
+        }  # fmt: skip
+        save_file(tensors, folder / "sae.safetensors")
+        (folder / "cfg.json").write_text(json.dumps({"k": K, "num_latents": D_SAE, "d_in": D_IN}))
+        run |= {f"{name}/{file.name}": file.read_bytes() for file in folder.iterdir()}
+    with fake_hub() as served:
+        served.repos["someone/saes"] = [run]
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
+        template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        sae = load_sae("someone/saes", "layers.3.mlp")
+        asked = [request.split()[1] for request in served.requests]
+        with pytest.raises(FileError, match=r"2 SAEs: there are layers.10, layers.3.mlp. Name one with sub="):
+            load_sae("someone/saes")
+    assert sae.site == "layers.3.mlp_out"
+    assert sae.metadata["lm"]["id"] == "tiny"
+    got = {path.split("/main/")[1] for path in asked if "/resolve/" in path}
+    assert got == {"config.json", "layers.3.mlp/cfg.json", "layers.3.mlp/sae.safetensors"}
+    assert torch.equal(load_sae(tmp_path / "layers.3.mlp").W_dec, sae.W_dec)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +387,7 @@ def test_zip_bombs_and_wrong_sizes_in_npz(tmp_path):
         load_sae(npz(tmp_path / "none.npz", {"W_enc": b"nothing"}))
     whole = format_files.gemma_scope(tmp_path).path / "params.npz"
     whole.write_bytes(whole.read_bytes()[:-200])
-    with pytest.raises(FormatError, match="no whole zip"):
+    with pytest.raises(FormatError, match="no whole file of weights"):
         load_sae(whole)
 
 
@@ -390,6 +426,11 @@ def test_transposed_matrices_by_their_shape(tmp_path):
     for name, shape in (("W_dec", (D_IN, D_SAE)), ("W_enc", (D_SAE, D_IN))):
         with pytest.raises(FormatError, match=f"{name} is transposed: it has shape"):
             load_sae(saelens(tmp_path / name, **{name: numbers(*shape)}))
+    gemma = format_files.gemma_scope_2(tmp_path).path
+    tensors = load_file(gemma / "params.safetensors")
+    save_file(tensors | {"w_enc": tensors["w_enc"].T.contiguous()}, gemma / "params.safetensors")
+    with pytest.raises(FormatError, match="W_enc is transposed"):
+        load_sae(gemma)
     written = format_files.openai(tmp_path)
     state = torch.load(written.path)
     torch.save(state | {"decoder.weight": state["decoder.weight"].T.contiguous()}, written.path)
@@ -407,6 +448,43 @@ def test_a_square_matrix_that_is_transposed_shows_by_its_norms(tmp_path):
     save_file(tensors | {"W_dec": rows.T.contiguous()}, file)
     with pytest.raises(FormatError, match="W_dec is transposed: it is square, and its columns have norm 1"):
         load_sae(tmp_path)
+
+
+def test_a_damaged_file_loads_or_is_refused(tmp_path):
+    """Some bytes of each kind of file changed: an error of ours, or numbers; never anything else."""
+    draw = random.Random(3)
+    refused = 0
+    for name in ("gemma_scope res", "gemma_scope compressed", "gemma_scope_2 transcoder", "openai TopK", "goodfire"):
+        written = CASES[name](tmp_path / name)
+        path = next(p for p in sorted(written.path.rglob("params.*"))) if written.path.is_dir() else written.path
+        whole = path.read_bytes()
+        for _ in range(12):
+            data = bytearray(whole)
+            for _ in range(draw.choice((1, 3, 20))):
+                data[draw.randrange(len(data))] = draw.randrange(256)
+            path.unlink()
+            path.write_bytes(data if draw.random() < 0.8 else data[: draw.randrange(len(data))])
+            try:
+                assert torch.isfinite(load_sae(path).W_dec).all()
+            except SaehookError:
+                refused += 1
+    assert refused > 10
+
+
+def test_the_density_of_saelens_comes_back(tmp_path):
+    path = saelens(tmp_path)
+    density = torch.rand(D_SAE) * 0.1
+    density[3] = 0.0
+    save_file({"sparsity": (density + 1e-10).log10()}, path / "sparsity.safetensors")
+    sae = load_sae(path)
+    assert sae.density is not None
+    torch.testing.assert_close(sae.density, density, rtol=1e-4, atol=1e-9)
+    again = load_sae(save_sae(sae, tmp_path / "again"))
+    assert again.density is not None
+    torch.testing.assert_close(again.density, density, rtol=1e-4, atol=1e-9)
+    save_file({"sparsity": torch.zeros(3)}, path / "sparsity.safetensors")
+    with pytest.raises(FormatError, match="sparsity has shape"):
+        load_sae(path)
 
 
 def change(written: Written, name: str, **changes: Any) -> Path:

@@ -30,7 +30,7 @@ from saehook.formats.checks import check_numbers, check_shapes
 from saehook.formats.folder import Files
 from saehook.formats.found import Contents, Found, Provenance
 from saehook.formats.places import our_site
-from saehook.formats.repository import USUAL, local_path
+from saehook.formats.repository import BESIDE, USUAL, local_path
 
 __all__ = ["FORMATS", "Found", "Provenance", "identify", "our_site", "read_sae"]
 
@@ -143,7 +143,8 @@ def _open(path: Path, options: dict[str, Any]) -> tuple[Files, Any]:
     usual = [path / name for name in USUAL if (path / name).exists()]
     found, failed = _matching(usual, options)
     if not found:
-        others = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file() and p not in usual)
+        others = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+        others = [p for p in others if p not in usual and p.name not in BESIDE]
         if len(others) > MAX_FILES:
             raise FileError(f"{path} holds {len(others)} files of weights. Name one of them with sub=.")
         more, failures = _matching(others, options)

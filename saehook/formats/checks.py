@@ -14,6 +14,12 @@ ROWS_AT_ONCE = 2**22
 """Numbers looked at at a time, so that no mask of a whole matrix is made."""
 
 
+def d_in_of(tensors: dict[str, Tensor]) -> int:
+    """Width of the input, for files without configuration: the size of W_enc that is not the number of latents."""
+    rows, columns = tensors["W_enc"].shape
+    return rows if columns == len(tensors["b_enc"]) else columns
+
+
 def shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
     """Of the tensors that such an SAE must have; a BatchTopK may lack its threshold."""
     d_in, d_sae, d_out = config.d_in, config.d_sae, config.d_out or config.d_in

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from saehook.config import Activation, BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
 from saehook.errors import ArgumentError, FormatError
-from saehook.formats import folding
 from saehook.formats.folder import Files
+from saehook.formats.folding import fold_data_scale, fold_gated
 from saehook.formats.found import Contents, Provenance
 
 LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
@@ -74,7 +74,7 @@ def read(files: Files) -> Contents:
     kind = _class(files, trainer)
     files.expect(CLASSES[kind], ["threshold"] if kind == "AutoEncoderTopK" else [])
     tensors = _tensors(files, kind)
-    d_sae = tensors["W_enc"].shape[-1]
+    d_sae = len(tensors["b_enc"])
     threshold = files.number("threshold") if kind not in ("JumpReluAutoEncoder", "AutoEncoderTopK") else None
     if threshold is not None:
         tensors["threshold"] = files.tensor("threshold").float().expand(d_sae)
@@ -86,11 +86,11 @@ def read(files: Files) -> Contents:
     if factor is not None:
         notes.append(f"its data was divided by {factor:g}, which is folded")
         sign_kept = threshold is not None and threshold < 0
-        scaled = folding.data_scale({n: t for n, t in tensors.items() if not (sign_kept and n == "threshold")}, factor)
+        scaled = fold_data_scale({n: t for n, t in tensors.items() if not (sign_kept and n == "threshold")}, factor)
         tensors = tensors | scaled
     try:
         config = SAEConfig(
-            d_in=tensors["W_enc"].shape[0],
+            d_in=len(tensors["b_dec"]),
             d_sae=d_sae,
             activation=_activation(files, kind, trainer),
             subtract_b_dec=kind not in NOT_SUBTRACTED,
@@ -143,7 +143,7 @@ def _tensors(files: Files, kind: str) -> dict[str, Tensor]:
         "b_dec": files.tensor(B_DEC.get(kind, "b_dec")),
     }
     if kind == "GatedAutoEncoder":
-        return folding.gated(tensors, *(files.tensor(name) for name in ("gate_bias", "mag_bias", "r_mag")))
+        return fold_gated(tensors, *(files.tensor(name) for name in ("gate_bias", "mag_bias", "r_mag")))
     return tensors | {"b_enc": files.tensor("encoder.bias")}
 
 

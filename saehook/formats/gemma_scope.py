@@ -9,8 +9,9 @@ norm.
 from __future__ import annotations
 
 from saehook.config import JumpReLU, SAEConfig
-from saehook.formats import folding
+from saehook.formats.checks import d_in_of
 from saehook.formats.folder import Files
+from saehook.formats.folding import fold_input_scale
 from saehook.formats.found import Contents, Provenance
 
 NAMES = {"w_enc": "W_enc", "w_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
@@ -37,7 +38,7 @@ def read(files: Files) -> Contents:
     files.expect(own.values())
     tensors = {ours: files.tensor(name) for ours, name in own.items() if ours != "W_dec"}
     tensors["W_dec"] = files.decoder(files.tensor(own["W_dec"]))
-    d_in, d_out = len(tensors["W_enc"]), len(tensors["b_dec"])
+    d_in, d_out = d_in_of(tensors), len(tensors["b_dec"])
     layer, kind = files.in_path(r"layer_(\d+)"), files.in_path(r"gemma-scope-\w+-(?:pt|it)-(res|mlp|att|transcoders)")
     size, tuning = files.in_path(r"gemma-scope-(\d+b)-(?:pt|it)"), files.in_path(r"gemma-scope-\d+b-(pt|it)")
     lm = f"google/gemma-2-{size}{'-it' if tuning == 'it' else ''}" if size else None
@@ -47,7 +48,7 @@ def read(files: Files) -> Contents:
     site, site_out = None, None
     if embedding:
         site = "blocks.0.hook_resid_pre"
-        tensors = folding.input_scale(tensors, d_in**-0.5)
+        tensors = fold_input_scale(tensors, d_in**-0.5)
         notes.append(
             "of embeddings before they are multiplied by sqrt(d_in), which is folded: it reads the stream itself"
         )

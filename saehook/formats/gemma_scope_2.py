@@ -11,6 +11,7 @@ from typing import Any
 
 from saehook.config import JumpReLU, SAEConfig
 from saehook.errors import FormatError
+from saehook.formats.checks import d_in_of
 from saehook.formats.folder import Files
 from saehook.formats.found import Contents, Provenance
 
@@ -50,13 +51,13 @@ def read(files: Files) -> Contents:
         )
     tensors["W_dec"] = files.decoder(W_dec)
     site, site_out = _sites(files, data)
-    is_transcoder = site_out is not None or SKIP in files.names or len(tensors["W_enc"]) != len(tensors["b_dec"])
+    is_transcoder = site_out is not None or SKIP in files.names or d_in_of(tensors) != len(tensors["b_dec"])
     if SKIP in files.names:
         tensors["W_skip"] = files.tensor(SKIP).T
     elif data.get("affine_connection"):
         raise FormatError(f"{files.path}: the configuration says affine_connection, and {SKIP} is missing.")
     config = SAEConfig(
-        d_in=len(tensors["W_enc"]),
+        d_in=d_in_of(tensors),
         d_sae=len(tensors["b_enc"]),
         activation=JumpReLU(),
         subtract_b_dec=False,

@@ -15,8 +15,8 @@ import torch
 
 from saehook.config import JumpReLU, SAEConfig
 from saehook.errors import FormatError
-from saehook.formats import folding
 from saehook.formats.folder import Files, whole_number
+from saehook.formats.folding import fold_input_scale
 from saehook.formats.found import Contents, Provenance
 
 NEEDED = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
@@ -69,7 +69,7 @@ def read(files: Files) -> Contents:
         )
     else:
         notes.append(f"the scale of its input, {scale:.6g}, is folded")
-        tensors = folding.input_scale(tensors, scale, scale_out if is_transcoder else None)
+        tensors = fold_input_scale(tensors, scale, scale_out if is_transcoder else None)
     config = SAEConfig(
         d_in=d_in,
         d_sae=d_sae,

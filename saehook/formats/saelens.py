@@ -30,8 +30,8 @@ from saehook.config import (
     activation_from_dict,
 )
 from saehook.errors import ArgumentError, FormatError
-from saehook.formats import folding
 from saehook.formats.folder import Files, read_json
+from saehook.formats.folding import fold_decoder_norms, fold_gated, fold_input_scale, fold_whitening
 from saehook.formats.found import Contents, Provenance
 from saehook.formats.weights import read_weights
 
@@ -79,16 +79,12 @@ KNOWN = set(
 
 
 def matches(files: Files) -> bool:
-    """Matrices by SAELens' names and a configuration with d_in and d_sae."""
-    return {"W_dec", "b_dec"} <= files.names and _config(files) is not None
+    """Tensors by SAELens' names and a configuration with d_in and d_sae."""
+    return len({"W_enc", "W_dec", "b_enc", "b_dec"} & files.names) > 1 and _config(files) is not None
 
 
 def _config(files: Files) -> dict[str, Any] | None:
-    data = files.config("d_in", "d_sae") or files.config("architecture", "metadata")
-    if data is None and (files.path.parent / "cfg.json").is_file():
-        data = read_json(files.path.parent / "cfg.json")
-        data = None if "expansion_factor" in data or "act_size" in data else data
-    return data
+    return files.config("d_in", "d_sae") or files.config("architecture", "metadata")
 
 
 def read(files: Files) -> Contents:
@@ -235,11 +231,11 @@ def _tensors(files: Files, data: dict[str, Any], config: SAEConfig) -> tuple[dic
         if threshold == "topk_threshold":
             notes.append("a training checkpoint: at inference each token is treated alone, by topk_threshold")
     if gated:
-        tensors = folding.gated(tensors, *(files.tensor(name) for name in ("b_gate", "b_mag", "r_mag")))
+        tensors = fold_gated(tensors, *(files.tensor(name) for name in ("b_gate", "b_mag", "r_mag")))
     for name in scales & files.names:
         tensors = _finetuned(files, data, name, tensors)
     if data.get("rescale_acts_by_decoder_norm"):
-        tensors = folding.decoder_norms(tensors)
+        tensors = fold_decoder_norms(tensors)
         notes.append("its decoder norms are folded (rescale_acts_by_decoder_norm)")
     return _unscaled(files, data, config, tensors, notes), notes
 
@@ -263,11 +259,11 @@ def _unscaled(
         path = files.path.parent / WHITENING
         if not path.is_file():
             raise FormatError(f"it sees whitened activations, and {WHITENING}, which says how, is not beside it.")
-        maps = {name: value.to(tensors["W_enc"].device) for name, value in read_weights(path)[1].items()}
+        maps = read_weights(path)[1]
         if missing := {"mean", "matrix", "inverse_matrix"} - set(maps):
             raise FormatError(f"{path}: {', '.join(sorted(missing))} is missing.")
         notes.append("the whitening of its input is folded")
-        return folding.whitening(tensors, maps["mean"], maps["matrix"], maps["inverse_matrix"], config.subtract_b_dec)
+        return fold_whitening(tensors, maps["mean"], maps["matrix"], maps["inverse_matrix"], config.subtract_b_dec)
     if kind is not True and kind != "expected_average_only_in":
         return tensors
     scale = files.known.get("input_scale")
@@ -283,4 +279,4 @@ def _unscaled(
         )
         return tensors
     notes.append(f"the scale of its input, {scale:.6g}, is folded")
-    return folding.input_scale(tensors, float(scale))
+    return fold_input_scale(tensors, float(scale))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from saehook.errors import FileError, FormatError
+from saehook.errors import FileError, FormatError, SaehookError
 from saehook.formats.npz import is_npz, read_npz
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
@@ -34,14 +34,17 @@ def read_weights(path: Path) -> tuple[str, dict[str, Any]]:
         if start.startswith(PICKLE):
             return "torch", _torch(path, mapped=False)
         return "safetensors", _safetensors(path)
+    except (SaehookError, MemoryError):
+        raise
     except FileNotFoundError:
         raise FileError(f"{path} is not there.") from None
-    except zipfile.BadZipFile as error:
-        raise FormatError(f"{path} is no whole zip file ({error}): cut short or damaged. Copy it again.") from None
     except OSError as error:
-        if isinstance(error, FileError):
-            raise
         raise FileError(f"cannot read {path}: {error}.") from None
+    except Exception as error:  # what zipfile, zlib, numpy and torch raise for damaged files has no common base
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise FormatError(
+            f"{path} is no whole file of weights ({said}): cut short or damaged. Copy it again."
+        ) from None
 
 
 def _zip(path: Path) -> tuple[str, dict[str, Any]]:
@@ -62,15 +65,15 @@ def _zip(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _torch(path: Path, *, mapped: bool) -> dict[str, Any]:
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if path.suffix == ".safetensors":  # torch.load would believe the name
+            with path.open("rb") as file:
+                data = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         said = str(error).strip().splitlines()[-1]
         raise FormatError(
             f"{path} is a pickle that carries code or objects, not only tensors; such pickles are never read ({said[:200]})."
-        ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise FormatError(
-            f"{path} is no whole torch file ({str(error).splitlines()[0][:200]}). Copy it again."
         ) from None
     if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
         raise FormatError(f"{path} holds {type(data).__name__}; a state dict, tensors by name, is expected.")

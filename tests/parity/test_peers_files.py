@@ -85,6 +85,7 @@ def test_encode_and_decode_are_the_peers(case):
     assert 0 < (acts != 0).float().mean() < 1
     if case in RULES:
         assert sae.config.activation == RULES[case]
+    assert torch.equal(saehook.load_sae(path_of(case), rows=[5, 0]), sae.W_dec[[5, 0]])
     found = identify(path_of(case))
     assert found.config == sae.config
     if case in SITES:
