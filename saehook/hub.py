@@ -96,14 +96,14 @@ def cached_snapshot(place: HubPlace) -> Path | None:
     return snapshot if snapshot.is_dir() else None
 
 
-def list_files(place: HubPlace, what: str) -> list[str]:
+def list_files(place: HubPlace, wanted: str = "") -> list[str]:
     """Names of a repository's files, as paths below its top; without network those in the cache on this machine.
 
     Args:
-        what: is looked for, for the message.
+        wanted: the folder or file that is looked for, for the message.
 
     Raises:
-        FileError: neither can be had; it says which folder of the cache would do.
+        FileError: neither can be had; it says which files in which folder of the cache would do.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
@@ -113,9 +113,9 @@ def list_files(place: HubPlace, what: str) -> list[str]:
         return sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file())
     folder = Path(HF_HUB_CACHE) / f"models--{place.repo.replace('/', '--')}"
     check = (
-        f"{CHECK} Without network, {what} is looked for in {folder / 'snapshots'}: copy its files there, in a folder whose "
-        f"name is the commit, and write that name into {folder / 'refs' / (place.revision or 'main')}; or give load_sae the "
-        "folder itself."
+        f"{CHECK} Without network these would do: {wanted or 'its files'} of that repository, weights and configuration, as "
+        f"{folder / 'snapshots' / 'COMMIT' / wanted}, and the word COMMIT in {folder / 'refs' / (place.revision or 'main')}; or "
+        "give load_sae a folder or file of your own."
     )
     with hub_errors(f"list the files of {place.name}", check):
         return sorted(HfApi().list_repo_files(place.repo, revision=place.revision))

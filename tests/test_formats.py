@@ -217,7 +217,7 @@ def test_an_input_scale_that_no_file_says(tmp_path, caplog):
 def test_a_folder_without_network_says_which_files_would_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileError, match=r"models--google--gemma-scope-2b-pt-res.snapshots: copy its files there"):
+    with pytest.raises(FileError, match=r"would do: layer_12/.*_82 of that repository.*as .*snapshots/COMMIT/layer_12"):
         load_sae("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
     written = format_files.gemma_scope(tmp_path)
     snapshot = tmp_path / "hub" / "models--google--gemma-scope-2b-pt-res" / "snapshots" / "abc"
@@ -349,6 +349,15 @@ def test_a_compressed_torch_file_is_not_unpacked(tmp_path):
         for name, data in parts.items():
             archive.writestr(name, data)
     with pytest.raises(FormatError, match="is compressed"):
+        load_sae(written.path)
+
+
+def test_a_torch_file_larger_than_its_shapes(tmp_path):
+    written = format_files.goodfire(tmp_path)
+    state = torch.load(written.path)
+    part = torch.zeros(2**20)[: D_IN * D_SAE].view(D_IN, D_SAE)
+    torch.save(state | {"decoder_linear.weight": part}, written.path)
+    with pytest.raises(FormatError, match="for tensors whose shapes need"):
         load_sae(written.path)
 
 

@@ -56,7 +56,7 @@ def _fetch(place: hub.HubPlace, sub: str | None) -> Path:
     offline = hub.cached_snapshot(place)
     if offline is not None and sub is not None and _is_whole(offline / sub):
         return offline / sub
-    names = hub.list_files(place, f"{sub} of an SAE" if sub else "an SAE")
+    names = hub.list_files(place, sub or "")
     chosen = _choose(names, sub, place)
     local = [hub.download(place, name) for name in chosen]
     snapshot = local[0]

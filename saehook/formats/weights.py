@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from saehook.errors import FileError, FormatError, SaehookError
 from saehook.formats.npz import is_npz, read_npz
 
+SLACK_BYTES = 2**20
+"""Stored beyond what the shapes need, that is no matter."""
 ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
 
 
@@ -77,7 +79,23 @@ def _torch(path: Path, *, mapped: bool) -> dict[str, Any]:
         ) from None
     if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
         raise FormatError(f"{path} holds {type(data).__name__}; a state dict, tensors by name, is expected.")
+    _check_size(path, data)
     return dict(data)
+
+
+def _check_size(path: Path, data: dict[str, Any]) -> None:
+    """Raises FormatError where much more is stored than the tensors need: a tensor may be a small part of its storage."""
+    rest, storages, needed = list(data.values()), {}, 0
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            rest += value.values()
+        elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            needed += value.numel() * value.element_size()
+    if (held := sum(storages.values())) > 2 * needed + SLACK_BYTES:
+        raise FormatError(f"{path} holds {held:,} bytes for tensors whose shapes need {needed:,}; it is not read.")
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
