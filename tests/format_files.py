@@ -68,7 +68,10 @@ def gemma_scope(root: Path, kind: str = "res", *, compressed: bool = False) -> W
         "threshold": numbers(D_SAE, positive=True),
     }  # fmt: skip
     arrays = {name: tensor.numpy() for name, tensor in p.items()}
-    (np.savez_compressed if compressed else np.savez)(folder / "params.npz", **arrays)
+    if compressed:
+        np.savez_compressed(folder / "params.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    else:
+        np.savez(folder / "params.npz", **arrays)  # pyright: ignore[reportArgumentType]
     scale = D_IN**0.5 if embedding else 1.0
 
     def rule(x: Tensor) -> tuple[Tensor, Tensor]:

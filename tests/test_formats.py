@@ -74,6 +74,7 @@ def test_some_rows_of_the_decoder(tmp_path):
         written = make(tmp_path / str(i))
         rows = load_sae(written.path, rows=[3, 0, 3])
         assert torch.equal(rows, load_sae(written.path).W_dec[[3, 0, 3]]), name
+    written = format_files.goodfire(tmp_path)
     with pytest.raises(FormatError, match="row 24 .* outside 0..23"):
         load_sae(written.path, rows=[D_SAE])
     with pytest.raises(ArgumentError, match="rows has -1"):

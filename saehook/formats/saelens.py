@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor
@@ -101,15 +102,15 @@ def read(files: Files) -> Contents:
     except FormatError as error:
         raise error if str(path.parent) in str(error) else FormatError(f"{path}: {error}") from None
     notes += more
-    return Contents(config, tensors, Provenance(**vars(provenance) | {"notes": tuple(notes)}))
+    return Contents(config, tensors, dataclasses.replace(provenance, notes=tuple(notes)))
 
 
 def _provenance(data: dict[str, Any], notes: list[str]) -> Provenance:
     """Version 6 has it under `metadata`, older ones beside everything else."""
     metadata = data.get("metadata")
     facts = data | (metadata if isinstance(metadata, dict) else {})
-    ours = facts.get("saehook") if isinstance(facts.get("saehook"), dict) else {}
-    lm = facts.get("model_name") or (ours.get("lm") or {}).get("id") if isinstance(ours.get("lm", {}), dict) else None
+    ours = _object(facts.get("saehook"))
+    lm = facts.get("model_name") or _object(ours.get("lm")).get("id")
     hook = facts.get("hook_name") or facts.get("hook_point")
     head = facts.get("hook_head_index", facts.get("hook_point_head_index"))
     if head is not None and not ours:
@@ -128,6 +129,10 @@ def _provenance(data: dict[str, Any], notes: list[str]) -> Provenance:
         unknown=tuple(sorted(set(data) - KNOWN)) if not ours else (),
         notes=tuple(notes),
     )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _text(value: Any, what: str) -> str | None:
