@@ -79,6 +79,15 @@ def jumprelu_ste(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> tuple
     return _JumpReLU.apply(pre_acts, threshold, bandwidth)
 
 
+def check_threshold(activation: Activation, threshold: Tensor | None) -> None:
+    """Raises MissingStatError for a BatchTopK or JumpReLU without threshold."""
+    if isinstance(activation, (BatchTopK, JumpReLU)) and threshold is None:
+        raise MissingStatError(
+            f"this SAE is a {type(activation).__name__} without threshold, so there is no rule that treats each "
+            "token alone. Train it to the end, or set it: sae.threshold = torch.nn.Parameter(torch.tensor(0.1))."
+        )
+
+
 def activate(pre_acts: Tensor, activation: Activation, threshold: Tensor | None) -> Tensor:
     """Latent activations by the inference rule, in the dtype of `pre_acts`.
 
@@ -95,11 +104,8 @@ def activate(pre_acts: Tensor, activation: Activation, threshold: Tensor | None)
         case GroupMax(k=k):
             return groupmax(pre_acts, k)
         case BatchTopK() | JumpReLU():
-            if threshold is None:
-                raise MissingStatError(
-                    f"this SAE is a {type(activation).__name__} without threshold, so there is no rule that treats each "
-                    "token alone. Train it to the end, or set it: sae.threshold = torch.nn.Parameter(torch.tensor(0.1))."
-                )
+            check_threshold(activation, threshold)
+            assert threshold is not None
             return jumprelu(pre_acts, threshold)
         case _:
             assert_never(activation)

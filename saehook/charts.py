@@ -160,16 +160,38 @@ def histogram(title: str, logs: Sequence[float], low: int, high: int, *, below: 
         below: what is counted along x.
         what: what a bar counts, for its tooltip.
     """
-    x = Axis(low, high, LEFT, RIGHT)
     last = (high - low) * BINS_PER_DECADE - 1
     counts = Counter(min(int((value - low) * BINS_PER_DECADE), last) for value in logs)
-    y = _value_axis([1, *counts.values()])
-    bars = []
-    for i, n in sorted(counts.items()):
-        left, right = (low + edge / BINS_PER_DECADE for edge in (i, i + 1))
-        tooltip = f"{n:,} {what}: {human(10**left, share=True)} to {human(10**right, share=True)}"
-        bars.append(_rectangle("bar", x(left) + 0.5, x(right) - 0.5, y(n), tooltip))
-    return _picture(title, _frame(x, y, tick, lambda n: tick(n) if n == int(n) else "", below) + "".join(bars))
+    return density_bars(title, [counts[i] for i in range(last + 1)], low, below=below, what=what)
+
+
+def density_bars(title: str, counts: Sequence[int], low: int, *, below: str, what: str) -> str:
+    """The same of what is counted already, `BINS_PER_DECADE` bins for each power of ten from 10^`low`."""
+    edges = [low + i / BINS_PER_DECADE for i in range(len(counts) + 1)]
+
+    def tooltip(n: int, left: float, right: float) -> str:
+        return f"{n:,} {what}: {human(10**left, share=True)} to {human(10**right, share=True)}"
+
+    return bars(title, edges, counts, below=below, tooltip=tooltip)
+
+
+def bars(
+    title: str,
+    edges: Sequence[float],
+    counts: Sequence[int],
+    *,
+    below: str,
+    tooltip: Callable[[int, float, float], str],
+) -> str:
+    """A picture of counts between rising edges; `tooltip(count, left, right)` is told under the mouse."""
+    x = Axis(edges[0], edges[-1], LEFT, RIGHT)
+    y = _value_axis([1, *counts])
+    drawn = [
+        _rectangle("bar", x(left) + 0.5, x(right) - 0.5, y(n), tooltip(n, left, right))
+        for n, (left, right) in zip(counts, pairwise(edges), strict=True)
+        if n
+    ]
+    return _picture(title, _frame(x, y, tick, lambda n: tick(n) if n == int(n) else "", below) + "".join(drawn))
 
 
 def _rectangle(kind: str, left: float, right: float, top: float, tooltip: str) -> str:

@@ -170,6 +170,7 @@ def load_sae(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    mapped: bool = False,
     revision: str | None = None,
     k: int | None = None,
     input_scale: float | None = None,
@@ -182,6 +183,7 @@ def load_sae(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    mapped: bool = False,
     revision: str | None = None,
     k: int | None = None,
     input_scale: float | None = None,
@@ -193,6 +195,7 @@ def load_sae(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    mapped: bool = False,
     revision: str | None = None,
     k: int | None = None,
     input_scale: float | None = None,
@@ -207,28 +210,45 @@ def load_sae(
         path: a folder or file of weights, or `owner/name` on the hub, also `hf:owner/name[,revision=..]`.
         sub: folder or file in it, where it holds several SAEs: `layer_12/width_16k/average_l0_82`, `layers.10`.
         dtype: of the weights, whatever the file's is; `threshold` is float32.
+        mapped: leave the weights in the file, in its dtype, and read only what is used: of the decoder the rows of steered
+            latents. On the CPU, whatever `dtype` says; what is read is then checked when it is used. The file must not be
+            overwritten in place meanwhile (`save_sae` puts a new one there).
         revision: branch, tag or commit on the hub.
         k: latents per token, for a TopK whose files do not say it.
         input_scale: what x was multiplied by in training, for SAEs whose files say only that it was; it is folded.
         rows: read only these rows of the decoder, the directions of these latents, and return them, [len(rows), d_out].
 
     Raises:
+        ArgumentError: `mapped`, and another device than the CPU.
         FileError: nothing is there, or several SAEs are; they are named.
         FormatError: damaged, unsafe, of an unknown format, or contradicting itself; the message says what was expected.
     """
+    if mapped and device is not None and torch.device(device).type != "cpu":
+        raise ArgumentError(
+            f"mapped=True leaves the weights in the file, so they cannot be on {device}. Leave one out."
+        )
     known = {"k": k, "input_scale": input_scale}
-    found, tensors = read_sae(path, sub, revision=revision, rows=rows, known=known)
+    found, tensors = read_sae(path, sub, revision=revision, rows=rows, known=known, check=not mapped)
     if rows is not None:
         return tensors["W_dec"].to(device or "cpu", dtype)
     ours, foreign = _own_metadata(found)
-    sae = SAE(found.config, site=found.site, site_out=found.site_out, device="meta", dtype=dtype)
+    sae = SAE(
+        found.config,
+        site=found.site,
+        site_out=found.site_out,
+        device="meta",
+        dtype=_dtype(tensors, found, mapped, dtype),
+    )
+    sae.mapped = mapped
     # Not resolved where it is a file: in the hub's cache that is a link, and its place says what it is.
     sae.source = found.path.parent.resolve() if found.format == "saelens" else found.path.absolute()
     if sae.threshold is not None and "threshold" not in tensors:
         sae.register_parameter("threshold", None)
     for name, tensor in tensors.items():
-        tensor = tensor.to(device or "cpu", torch.float32 if name == "threshold" else dtype)
-        setattr(sae, name, nn.Parameter(tensor if name == "W_enc" else tensor.contiguous()))
+        if not mapped or tensor.ndim < 2:
+            tensor = tensor.to(device or "cpu", torch.float32 if name == "threshold" else sae.dtype)
+            tensor = tensor if name == "W_enc" else tensor.contiguous()
+        setattr(sae, name, nn.Parameter(tensor, requires_grad=not mapped))
     folder = found.path.parent
     if found.format == "saelens" and (folder / STATS).exists():
         sae.stats = _read_stats(folder / STATS, sae.d_sae, sae.d_out)
@@ -250,6 +270,17 @@ def load_sae(
         for note in found.notes:
             logger.warning("%s: %s.", found.path, note)
     return sae
+
+
+def _dtype(tensors: dict[str, Tensor], found: Found, mapped: bool, dtype: torch.dtype) -> torch.dtype:
+    """Of the weights: that of the file where they stay there."""
+    if not mapped:
+        return dtype
+    if len({tensors[name].dtype for name in ("W_enc", "W_dec")}) > 1 or tensors["W_enc"].dtype != found.dtype:
+        raise ArgumentError(
+            f"mapped=True leaves the weights in {found.path}, and something has to be folded into them. Leave it out."
+        )
+    return found.dtype
 
 
 def _own_metadata(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:

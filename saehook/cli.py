@@ -1,4 +1,4 @@
-"""`saehook demo | eval | train | generate | replay | export | stats | sites`; one file of `commands/` each.
+"""`saehook demo | eval | report | train | generate | replay | export | stats | sites | plan`; one file of `commands/` each.
 
 Every command works on the bundled files without further arguments. Heavy packages are imported by the command that needs
 them, so `saehook --help` is instant.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from saehook.errors import SaehookError, TrainingInterrupted
 
-COMMANDS = ["demo", "eval", "train", "generate", "replay", "export", "stats", "sites"]
+COMMANDS = ["demo", "eval", "report", "train", "generate", "replay", "export", "stats", "sites", "plan"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,8 +9,6 @@ the SAE normalises each token. A transcoder encodes what it reads at another sit
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,28 +19,10 @@ from saehook.errors import ArgumentError, ShapeError, SiteError
 from saehook.interventions import AnyEdit, Edit, Program, VectorEdit
 from saehook.positions import TokenView
 from saehook.readback import solve
+from saehook.row_edits import Dose, Prepared, RowEdits, together
 from saehook.sae import SAE
+from saehook.sparse_acts import Acts, columns_of, decode_with, encode_for, pre_and_acts, sum_others
 from saehook.tracks import Conditions, LatentTrack
-
-
-@dataclass
-class Dose:
-    """Tokens touched, and the sum of ‖Δ‖/‖x‖ over them; kept on the device, read once at the end."""
-
-    tokens: Tensor | int = 0
-    total: Tensor | float = 0.0
-
-    def add(self, selected: Tensor, delta: Tensor, norm: Tensor, fresh: int) -> None:
-        """`selected` [rows, n], `delta` [rows, n, d], `norm` = ‖x‖ [rows, n]; tokens before `fresh` were counted before."""
-        selected, delta, norm = selected[:, fresh:], delta[:, fresh:], norm[:, fresh:]
-        ratio = torch.linalg.vector_norm(delta, dim=-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        self.tokens = self.tokens + selected.sum()
-        self.total = self.total + torch.where(selected, ratio, 0.0).sum()
-
-    def read(self) -> tuple[int, float]:
-        """(tokens, mean ratio); the mean of nothing is 0."""
-        n = int(self.tokens)
-        return n, float(self.total) / n if n else 0.0
 
 
 def norm_of(x: Tensor) -> Tensor:
@@ -96,37 +76,18 @@ class Change(NamedTuple):
     new: Tensor | None = None
 
 
-@dataclass
-class Prepared:
-    """One edit, ready to run."""
-
-    index: int
-    """In the program."""
-    edit: AnyEdit
-    value: Tensor
-    """Of each latent, [len(latents)] float32, in unit `norm` still to be multiplied by ‖x‖; of a vector v, as a direction."""
-    columns: Tensor
-    """Among the latents of the block, those whose z' the edit decides."""
-    dose: Dose = field(default_factory=Dose)
-    residual: Dose | None = None
-    """Of `mode='readback'`: |z of x' - z'|, mean over its latents."""
-    note: Callable[[Tensor, Tensor, Tensor], None] | None = None
-    """For a full report: called with the tokens selected [rows, n] and z of the edit's own latents, as the edit sees it and
-    as it leaves it, [rows, n, len(latents)]. The block must read latents then."""
-
-
 class Encoder:
     """encode(x) of one SAE, once where two ask for it."""
 
     def __init__(self, sae: SAE) -> None:
         """`sae`: whose `encode`."""
         self.sae = sae
-        self._known: tuple[Tensor, TokenView, Tensor] | None = None
+        self._known: tuple[Tensor, TokenView, Acts] | None = None
 
-    def __call__(self, x: Tensor, view: TokenView) -> Tensor:
+    def __call__(self, x: Tensor, view: TokenView) -> Acts:
         """[rows, n, d_sae]."""
         if self._known is None or self._known[0] is not x or self._known[1] is not view:
-            self._known = x, view, self.sae.encode(x)
+            self._known = x, view, encode_for(self.sae, x)
         return self._known[2]
 
 
@@ -200,7 +161,7 @@ class LatentBlock(Block):
         sae.check_latents(tuple(used))
         column = {latent: i for i, latent in enumerate(used)}
         self.latents = torch.tensor(used, dtype=torch.long, device=sae.device)
-        self.rows = sae.W_dec[self.latents].float()
+        self.rows = sae.decoder_rows(self.latents).float()
         self.edits = []
         for index, edit in edits:
             meant = edit.latents
@@ -212,6 +173,7 @@ class LatentBlock(Block):
                 self._check_readback()
                 prepared.residual = Dose()
             self.edits.append(prepared)
+        self.row_edits = together(self.edits)
         self.reads_latents = program.drops_error or any(
             edit.op != "add" or edit.active_only or edit.mode == "readback" for _, edit in edits
         )
@@ -252,18 +214,18 @@ class LatentBlock(Block):
 
     def __call__(self, seen: Seen, norm: Tensor, view: TokenView) -> Change:
         sae, program = self.sae, self.program
-        active = [p for p in self.edits if view.may_select(p.edit.where)]
+        active = [p for p in self.row_edits if view.may_select(p.edit.where)]
         read = seen.x if self.source is None else self.source.take()
         mask_norm = norm if self.source is None else norm_of(read)
         keep = view.mask(sae.mask_rule, mask_norm)
         scale = sae.scale(seen.x32)
         acts = self.encode(read, view) if self.reads_latents else None
-        current = acts[..., self.latents].float() if acts is not None else None
+        current = columns_of(acts, self.latents).float() if acts is not None else None
         unit_norm = seen.norm if scale is None else seen.norm / scale.squeeze(-1)
         delta, touched, emptied, others = None, None, None, None
         read_back: list[tuple[Prepared, Tensor]] = []
         for p in active:
-            assert isinstance(p.edit, Edit)
+            p.begin(view.run)
             selected = self.selected(p.edit, keep, sae.mask_rule, mask_norm, view)
             change = self.scheduled(p.edit, self._change(p, current, unit_norm), view)
             if p.edit.active_only:
@@ -275,25 +237,21 @@ class LatentBlock(Block):
             before = current
             if current is not None:
                 current = current.index_add(-1, p.columns, change)
-            if p.note is not None:
-                assert before is not None
-                assert current is not None
-                own = torch.searchsorted(self.latents, torch.tensor(p.edit.latents, device=self.latents.device))
-                p.note(selected, before[..., own], current[..., own])
+            p.note(selected, before, current, self.latents)
             touched = selected if touched is None else touched | selected
             if p.edit.mode == "readback":
-                read_back.append((p, selected))
+                read_back.append((p.parts[0], selected))
                 continue
             part = change @ self.rows[p.columns]
             if p.edit.op == "keep_only":
                 assert acts is not None
                 if others is None:
-                    others = acts.float().index_fill(-1, self.latents, 0.0) @ sae.W_dec.float()
+                    others = sum_others(sae, acts, self.latents)
                 newly = selected if emptied is None else selected & ~emptied
                 emptied = selected if emptied is None else selected | emptied
                 part = part - torch.where(newly[..., None], others, 0.0)
             part = part if scale is None else part * scale
-            p.dose.add(selected, part.detach(), seen.norm.detach(), view.fresh)
+            p.count(selected, part.detach(), seen.norm.detach(), view.fresh)
             delta = part if delta is None else delta + part
         if not program.drops_error:
             if read_back:
@@ -307,20 +265,17 @@ class LatentBlock(Block):
         if program.splice:  # tokens outside the mask that an edit names are edited all the same
             touched = keep if touched is None else keep | touched
         assert touched is not None
-        if emptied is not None:
-            acts = torch.where(emptied[..., None], 0.0, acts)
-        if active:
-            acts = acts.index_copy(-1, self.latents, current.to(acts.dtype))
-        new = sae.decode(acts, seen.x32 if self.source is None else read).float()
+        edited = self.latents if active else self.latents[:0]
+        values = current[..., : len(edited)]
+        new = decode_with(sae, acts, edited, values, emptied, seen.x32 if self.source is None else read).float()
         return Change(touched, new=new if self.mean_error is None else new + self.mean_error)
 
-    def _change(self, p: Prepared, current: Tensor | None, norm: Tensor) -> Tensor:
+    def _change(self, p: RowEdits, current: Tensor | None, norm: Tensor) -> Tensor:
         """z' - z of the edit's latents, [rows, n, len(columns)]; a constant for `add`, so that x' = x + c · W_dec exactly."""
         edit = p.edit
-        assert isinstance(edit, Edit)
         value = p.value if edit.unit != "norm" else norm[..., None] * p.value
         if edit.op == "add":
-            return value.expand(*norm.shape, -1)
+            return value.expand(*norm.shape, value.shape[-1])
         assert current is not None
         z = current[..., p.columns]
         match edit.op:
@@ -374,13 +329,12 @@ class LatentBlock(Block):
         latents = self.latents[columns]
         encoder, rows = sae.W_enc[:, latents].float(), self.rows[columns]
         before = seen.x32 if delta is None else seen.x32 + delta
-        pre_acts = sae.pre_acts(before)
-        pre, acts = (values[..., latents].float() for values in (pre_acts, sae.activate(pre_acts)))
+        pre, acts = pre_and_acts(sae, before, latents)
         goal = torch.where(target != 0, target, pre.clamp_max(0.0))
         goal = torch.where(acts == target, pre, goal)
         amount = solve(rows @ encoder, torch.where(wanted, goal - pre, 0.0), wanted)
         part = amount @ rows
-        again = sae.encode(before + part)[..., latents].float()
+        again = columns_of(encode_for(sae, before + part), latents).float()
         for p, selected in edits:
             mine = torch.isin(columns, p.columns)
             p.dose.add(selected, (amount[..., mine] @ rows[mine]).detach(), seen.norm.detach(), view.fresh)
@@ -443,8 +397,9 @@ class WatchAction:
     def __init__(self, encoder: Encoder, track: LatentTrack) -> None:
         encoder.sae.check_latents(tuple(track.latents))
         self.encode, self.track = encoder, track
+        self.latents = torch.tensor(track.latents, dtype=torch.long, device=encoder.sae.device)
 
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
         mask = view.mask(self.encode.sae.mask_rule, norm_of(x.detach()))
-        self.track.note(self.encode(x, view), mask, view)
+        self.track.note(columns_of(self.encode(x, view), self.latents), mask, view)
         return x

@@ -156,7 +156,8 @@ def run_plan(
     """`call()` with the plan in force, and the report of what it did. Warns once where dropout acts.
 
     Raises:
-        ArgumentError: an edit gave a value that the half-precision dtype of its site cannot hold.
+        ArgumentError: an edit gave a value that the half-precision dtype of its site cannot hold, or a vector whose length
+            float32 cannot hold.
     """
     if lm.training:
         message = "the language model is in train mode, so dropout acts in edited runs, too. Call lm.eval() if it is not meant."
@@ -176,10 +177,12 @@ def _check_overflow(plan: EditPlan, lm: Any, tokenizer: Any) -> None:
             continue
         row, token, token_id = place
         what = "; ".join(str(p.edit) for p in action.edits) or "the splice"
+        half = lm.dtype in (torch.float16, torch.bfloat16)
+        more = ", or load the model with dtype=torch.float32" if half else ""
         raise ArgumentError(
-            f"{what} at {site} gave a value that {lm.dtype} cannot hold, first at token {token} "
-            f"({tokenizer.decode([token_id])!r}) of row {row}. Use smaller amounts, a program with norm={{'cap': 1.0}}, or load "
-            "the model with dtype=torch.float32."
+            f"{what} at {site} gave a {'value that' if half else 'vector whose length'} {lm.dtype} cannot hold, first at token "
+            f"{token} ({tokenizer.decode([token_id])!r}) of row {row}. Use smaller amounts, or a program with "
+            f"norm={{'cap': 1.0}}{more}."
         )
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from saehook.config import MaskRule
-from saehook.edit_blocks import Block, Dose, LatentBlock, Seen, SourceAction, norm_of
+from saehook.edit_blocks import Block, LatentBlock, Seen, norm_of
 from saehook.errors import ArgumentError
 from saehook.interventions import Cap, Program
 from saehook.positions import TokenView
+from saehook.row_edits import Dose
 from saehook.sae import SAE
 
 
@@ -81,10 +82,14 @@ class EditAction:
             self.dose.add(touched, (new - x32).detach(), norm.detach(), view.fresh)
         else:
             self.dose = self.edits[0].dose
+        size = norm_of(
+            new.detach()
+        )  # infinite where the sum of squares is: every normalisation after it would give 0 or NaN
+        holds = size.isfinite()
         if x.dtype in _HALF:
-            largest = torch.linalg.vector_norm(new.detach(), ord=torch.inf, dim=-1)
-            # What was not finite before is no fault of an edit.
-            self._too_large.append((view, touched & ~(largest <= torch.finfo(x.dtype).max) & norm.isfinite()))
+            holds &= torch.linalg.vector_norm(new.detach(), ord=torch.inf, dim=-1) <= torch.finfo(x.dtype).max
+        # What was not finite before is no fault of an edit.
+        self._too_large.append((view, touched & ~holds & norm.isfinite()))
         new = torch.where(touched[..., None], new.to(x.dtype), x)
         if self.note is not None:
             self.note(x, new, touched)
@@ -92,7 +97,7 @@ class EditAction:
 
     def overflow(self) -> tuple[int, int, int] | None:
         """(row of the input, token counted among the row's own, its id) of the first x' that its half-precision dtype
-        cannot hold; None if there is none. Reads the device once."""
+        cannot hold, or whose length is not finite in float32; None if there is none. Reads the device once."""
         if not self._too_large or not torch.cat([large for _, large in self._too_large], 1).any():
             return None
         view, large = next((view, large) for view, large in self._too_large if large.any())
@@ -127,15 +132,17 @@ class ChainAction:
 
 
 class ReplaceAction:
-    """A fixed vector on every token of the mask: zero and mean ablation."""
+    """Other vectors on given tokens; the rest keep their bits."""
 
-    def __init__(self, vector: Tensor, rule: MaskRule, source: SourceAction | None = None) -> None:
-        """`vector`: [d]; `rule`: of the SAE whose mask is meant; `source`: what a transcoder reads."""
-        self.vector, self.rule, self.source = vector, rule, source
+    def __init__(self, mask: Tensor, new: Callable[[Tensor], Tensor]) -> None:
+        """`mask`: [rows, length] of the input; `new`: x' [n, d] of the n tokens of the mask, from their x [n, d]."""
+        self.mask, self.new = mask, new
 
     def __call__(self, x: Tensor, view: TokenView) -> Tensor:
-        keep = view.mask(self.rule, norm_of(x if self.source is None else self.source.take()))
-        return torch.where(keep[..., None], self.vector.to(x.device, x.dtype), x)
+        mask = self.mask.to(x.device)
+        replaced = x.clone()
+        replaced[mask] = self.new(x[mask]).to(x.device, x.dtype)
+        return replaced
 
 
 class StopForward(Exception):

@@ -1,28 +1,28 @@
 """Splice-in evaluation: what the language model loses when SAE reconstructions take the place of its activations.
 
 Every variant runs on the same windows: clean, spliced, zero-ablated and mean-ablated (the mean over the whole set), per
-site and at all sites together. Reconstruction, zero and mean act on the mask of the SAE (`config.MaskRule`); other tokens
-keep their activation. Losses are means over the positions whose own token is in the mask, in nats; sums are float64.
-Which tokens are outliers is read off the clean run, so all variants of a row have the same positions.
+site and at all sites together. Reconstruction, zero and mean act on the tokens of the SAE's mask (`config.MaskRule`), as the
+clean run shows them; other tokens keep their activation in all variants. Losses are means over the positions whose own token
+is in the mask, in nats; sums are float64.
 
     delta_ce           = ce_spliced - ce_clean
     ce_recovered_zero  = (ce_zero - ce_spliced) / (ce_zero - ce_clean), and likewise for the mean
     kl                 = KL(clean ‖ spliced) per position
-    fvu                = Σ‖x - x_hat‖² / Σ‖x - mean‖²   with the mean over all tokens
+    top1               = share of positions with the clean run's likeliest next token
     dead_share         = share of latents that fired on none of the tokens
 
-The joint row pools: one FVU over all sites, L0 summed over sites, the share of all latents; its losses are those of the
-tokens that are in all masks.
+What is said of reconstruction and sparsity is defined in `reconstruction.py`. The joint row pools: one FVU over all sites, L0
+summed over sites, the share of all latents; its losses are those of the tokens that are in all masks.
+
+Layers below a site run once for all variants (`prefix.py`), logits are made for a few tokens at a time (`lm_head.py`). Before
+anything is measured, x in place of x must give the clean loss.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -30,126 +30,44 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saehook.calibration import stats_of
-from saehook.config import activation_to_dict
-from saehook.edit_blocks import LatentBlock, SourceAction
-from saehook.editing import Action, EditAction, ReadAction, ReplaceAction
+from saehook.config import MaskRule, activation_to_dict
+from saehook.edit_blocks import SourceAction
+from saehook.editing import Action, ChainAction, ReadAction, ReplaceAction
 from saehook.errors import ArgumentError
+from saehook.eval_result import EvalResult, EvalRow
 from saehook.hooked_saes import HookedSAEs
-from saehook.interventions import Program
-from saehook.metrics import Firing, Histogram, Mean, Moments, Reconstruction
-from saehook.sae import SAE, LatentStats
+from saehook.intervals import DRAWS, LEVEL
+from saehook.lm_head import Head, Scores
+from saehook.metrics import Moments
+from saehook.prefix import Prefix
+from saehook.reconstruction import RATIOS, Fidelity, reconstruct
+from saehook.sae import SAE
+from saehook.sites import layers_before, resolve
+from saehook.splice_losses import LOSSES, RowLosses, values_of
 from saehook.tokenization import Windows, tokenizer_sha256
 
 ALL = "all"
-MAX_LOGITS = 2**24
-"""Logits of one batch; a batch has as many windows as fit, and at least one."""
+BATCH_TOKENS = 4096
+MAX_STATES = 2**26
+"""Numbers in the states of the runs that are scored together."""
+GATE_NATS = 1e-6
+"""How far the loss may be off with x in place of x."""
 
 
-@dataclass(frozen=True)
-class EvalRow:
-    """One SAE, or all together."""
+class _Place(NamedTuple):
+    """Where an SAE stands, and on which tokens it acts. SAEs at one place share their ablations."""
 
-    sae: str
-    """Name of the SAE."""
-    site: str
-    """Its site, or `all`."""
-    tokens: int
-    """Tokens of the mask."""
-    ce_clean: float
-    ce_spliced: float
-    ce_zero: float
-    ce_mean: float
-    delta_ce: float
-    ce_recovered_zero: float
-    ce_recovered_mean: float
-    kl: float
-    fvu: float
-    l0: float
-    dead_share: float
+    reads: str
+    writes: str
+    rule: MaskRule
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """The rows, and what is needed to repeat them."""
+class _Run(NamedTuple):
+    """One way to run the model on a batch."""
 
-    results: list[EvalRow]
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """`{"results": [...], "provenance": {...}}`, floats unrounded."""
-        return json.dumps(
-            {"results": [dataclasses.asdict(row) for row in self.results], "provenance": self.provenance}, indent=1
-        )
-
-    @staticmethod
-    def from_json(text: str) -> EvalResult:
-        """The inverse of `to_json`."""
-        data = json.loads(text)
-        return EvalResult([EvalRow(**row) for row in data["results"]], data["provenance"])
-
-    def table(self) -> str:
-        """The rows as text."""
-        head = (
-            "sae",
-            "site",
-            "ce clean",
-            "spliced",
-            "zero",
-            "mean",
-            "delta ce",
-            "kl",
-            "recovered",
-            "(mean)",
-            "fvu",
-            "L0",
-            "dead",
-        )
-        lines: list[tuple[str, ...]] = [head]
-        for r in self.results:
-            losses = (
-                r.ce_clean,
-                r.ce_spliced,
-                r.ce_zero,
-                r.ce_mean,
-                r.delta_ce,
-                r.kl,
-                r.ce_recovered_zero,
-                r.ce_recovered_mean,
-            )
-            lines.append(
-                (
-                    r.sae,
-                    r.site,
-                    *(f"{v:.3f}" for v in losses),
-                    f"{r.fvu:.3f}",
-                    f"{r.l0:.1f}",
-                    f"{100 * r.dead_share:.1f}%",
-                )
-            )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        text = "\n".join(
-            "  ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
-        tokens = dict.fromkeys(f"{row.tokens:,}" for row in self.results)
-        notes = [f"{' / '.join(tokens)} tokens; losses in nats per token; dead: fired on none of them"]
-        rules = {site: sae["mask_rule"] for site, sae in self.provenance.get("saes", {}).items() if "mask_rule" in sae}
-        for rule in dict.fromkeys(rules.values()):
-            sites = ", ".join(site for site in rules if rules[site] == rule)
-            notes.append(f"tokens that count{f' at {sites}' if len(set(rules.values())) > 1 else ''}: {rule}")
-        return "\n".join([text, *notes])
-
-
-@dataclass
-class _Variant:
-    """Loss and KL of one way to run the model."""
-
-    actions: dict[str, Action]
-    ce: Mean = field(default_factory=Mean)
-    kl: Mean = field(default_factory=Mean)
+    depth: int
+    """Layers that it shares with the clean run."""
+    actions: Mapping[str, Action]
 
 
 @torch.no_grad()
@@ -159,207 +77,282 @@ def evaluate(
     *,
     names: Mapping[str, str] | None = None,
     joint: bool = True,
+    check: str = "fingerprint",
+    seed: int = 0,
     progress: bool = True,
 ) -> EvalResult:
-    """Evaluate every attached SAE, and all together where several are attached.
+    """Evaluate every attached SAE, and all together where several are attached and no two write the same site.
 
     Args:
         tokens: windows of ids [n, length], each run as one sequence; see `tokenization.windows`.
-        names: what to call the SAE at each site; default: the site.
-        joint: add the row with all SAEs spliced at once, unless two of them write the same site.
+        names: what to call the SAEs, by their names in `hooked.saes`; default: those.
+        joint: add the row with all SAEs spliced at once.
+        check: `fingerprint`: refuse an SAE that does on its recorded tokens something else than its file says: it belongs to
+            another model. `off`: measure it all the same.
+        seed: of the draws for the intervals.
         progress: show a progress bar.
 
     Raises:
-        ArgumentError: no window, windows of a single token, or no token that counts.
+        ArgumentError: no window, windows of a single token, or no token that counts; a model without a language-model head,
+            or whose loss changes when x takes the place of x; a loss that is nowhere finite.
+        SiteError: a fingerprint that does not fit.
     """
     ids = tokens.ids if isinstance(tokens, Windows) else tokens
     if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
         raise ArgumentError(
             f"the windows have shape {tuple(ids.shape)}; at least one of at least two tokens is expected."
         )
-    rows = max(1, MAX_LOGITS // (ids.shape[1] * hooked.lm.get_input_embeddings().num_embeddings))
-    batches = ids.split(rows)
-    sites = hooked.sites
-    together = joint and len({one.writes for one in hooked.attached.values()}) == len(sites) > 1
-    n_variants = 3 * (len(sites) + together) + 2
-    with tqdm(total=n_variants * len(batches), desc="evaluating", unit="pass", disable=not progress) as bar:
-        measured = {site: (Reconstruction(), Firing()) for site in sites}
-        masks: dict[str, list[Tensor]] = {site: [] for site in sites}
+    if check not in ("fingerprint", "off"):
+        raise ArgumentError(f"check={check!r} is unknown; expected 'fingerprint' or 'off'.")
+    if checked := check == "fingerprint":
+        hooked.check_fingerprints()
+    run = _Evaluation(hooked, ids, joint=joint)
+    batches = ids.split(run.rows_at_once)
+    with tqdm(total=len(batches) * run.passes, desc="evaluating", unit="pass", disable=not progress) as bar:
+        run.bar = bar
         for batch in batches:
-            _measure(hooked, batch, measured, masks)
-            bar.update()
-        if together:
-            masks[ALL] = [torch.stack(parts).all(0) for parts in zip(*masks.values(), strict=True)]
-        for name, parts in masks.items():
-            if not any(mask[:, :-1].any() for mask in parts):
+            run.prepare(batch)
+        run.check_tokens()
+        for i, batch in enumerate(batches):
+            run.score(batch, i)
+    results = [run.row(name, (names or {}).get(name, name), seed) for name in hooked.sites]
+    if run.together:
+        results.append(run.joint_row(seed))
+    return EvalResult(results, _provenance(run, tokens, checked=checked, seed=seed))
+
+
+class _Evaluation:
+    """What `evaluate` knows while it runs."""
+
+    def __init__(self, hooked: HookedSAEs, ids: Tensor, *, joint: bool) -> None:
+        self.hooked, self.head = hooked, Head(hooked, ids)
+        length, vocabulary = ids.shape[1], hooked.lm.get_input_embeddings().num_embeddings
+        self.rows_at_once = max(1, BATCH_TOKENS // length)
+        if self.head.site is None:  # all logits of a batch are there together
+            self.rows_at_once = max(1, min(self.rows_at_once, MAX_STATES // (4 * length * vocabulary)))
+        attached = hooked.attached
+        self.together = joint and len({one.writes for one in attached.values()}) == len(attached) > 1
+        self.places = {name: _Place(one.reads, one.writes, one.sae.mask_rule) for name, one in attached.items()}
+        self.depths = {
+            place: min(layers_before(hooked.lm, resolve(hooked.lm, site)[0]) for site in place[:2])
+            for place in dict.fromkeys(self.places.values())
+        }
+        self.sites = list(dict.fromkeys(site for place in self.depths for site in place[:2]))
+        self.means = {place: Moments() for place in self.depths}
+        self.masks: dict[_Place, list[Tensor]] = {place: [] for place in self.depths}
+        self.nan_tokens = dict.fromkeys(self.depths, 0)
+        self.fidelity: dict[str, Fidelity] = {}
+        self.losses = {name: RowLosses(length) for name in [*hooked.sites, *([ALL] if self.together else [])]}
+        self.gate: dict[str, Any] = {}
+        self.passes = 2 + len(attached) + 2 * len(self.depths) + 3 * self.together
+        self.bar: Any = None
+
+    def prepare(self, ids: Tensor) -> None:
+        """First pass over a batch: masks, and the sums for the means."""
+        group: list[ReadAction] = []
+        readers = {site: ReadAction(group, stop=True) for site in self.sites}
+        self.hooked.run(ids, readers)
+        self.bar.update()
+        for place in self.depths:
+            x, y = readers[place.reads], readers[place.writes]
+            assert x.value is not None
+            assert y.value is not None
+            mask = x.mask(place.rule)
+            finite = x.value.isfinite().all(-1) & y.value.isfinite().all(-1).to(mask.device)
+            self.nan_tokens[place] += int((mask & ~finite).sum())
+            mask = mask & finite  # not in place: it may be the view's own
+            self.means[place].update(y.value[mask.to(y.value.device)])
+            self.masks[place].append(mask.cpu())
+
+    def check_tokens(self) -> None:
+        """Raises ArgumentError where a row has nothing to measure; then what is left is made ready."""
+        for name in self.losses:
+            if not any(self.mask(name, i)[:, :-1].any() for i in range(len(next(iter(self.masks.values()))))):
+                broken = sum(self.nan_tokens.values())
                 raise ArgumentError(
                     f"no token of the windows that predicts another is in the mask of {name}, so there is nothing to "
-                    "measure. Give real text."
+                    + (
+                        f"measure: the activations of {broken:,} tokens are not finite."
+                        if broken
+                        else "measure. Give real text."
+                    )
                 )
-        variants = _variants(hooked, {site: m[0].x.mean.float() for site, m in measured.items()}, together)
-        clean_ce = {name: Mean() for name in masks}
-        for i, batch in enumerate(batches):
-            _score(hooked, batch, {name: parts[i] for name, parts in masks.items()}, clean_ce, variants, bar)
+        for name, place in self.places.items():
+            self.fidelity[name] = Fidelity(self.hooked.saes[name], self.means[place].mean)
 
-    def row(name: str, site: str, fvu: float, l0: float, dead: float) -> EvalRow:
-        ce = {kind: variants[site, kind].ce.value for kind in ("spliced", "zero", "mean")}
-        clean = clean_ce[site].value
+    def mask(self, name: str, batch: int) -> Tensor:
+        """[rows, length] of a row of the result."""
+        if name == ALL:
+            return torch.stack([masks[batch] for masks in self.masks.values()]).all(0)
+        return self.masks[self.places[name]][batch]
+
+    def score(self, ids: Tensor, batch: int) -> None:
+        """Second pass: every variant on a batch."""
+        prefix = Prefix(self.depths.values())
+        sources = {site: SourceAction(site) for site in self.sites}
+        clean = self.head.run(ids, sources, prefix)
+        self.bar.update()
+        rows = {name: self.mask(name, batch) for name in self.losses}
+        counted = torch.stack(list(rows.values())).any(0)[:, :-1]
+
+        def states(run: _Run) -> Tensor:
+            return select(self.head.run(ids, run.actions, prefix.skipping(run.depth)))
+
+        def select(found: Tensor) -> Tensor:
+            return found[:, :-1][counted.to(found.device)]
+
+        clean = select(clean)
+        targets = ids[:, 1:][counted].to(clean.device)
+        if batch == 0:
+            self.check_identity(clean, targets, states)
+        runs = self.runs(sources, batch)
+        scores: dict[Any, Scores] = {"clean": self.head.scores(clean, [clean], targets)[0]}
+        at_once = max(1, MAX_STATES // max(1, clean.numel()))
+        keys = list(runs)
+        for first in range(0, len(keys), at_once):
+            group = keys[first : first + at_once]
+            found = []
+            for key in group:
+                found.append(states(runs[key]))
+                self.bar.update()
+            scores |= dict(zip(group, self.head.scores(clean, found, targets), strict=True))
+        self.add(scores, rows, counted)
+
+    def check_identity(self, clean: Tensor, targets: Tensor, states: Callable[[_Run], Tensor]) -> None:
+        """Raises ArgumentError where x in place of x, the reconstruction of a perfect SAE, changes the loss on the first batch."""
+        put = {place: {place.writes: ReplaceAction(self.masks[place][0], _same)} for place in self.depths}
+        runs = [_Run(depth, put[place]) for place, depth in self.depths.items()]
+        if len(put) > 1:
+            everywhere = {site: action for actions in put.values() for site, action in actions.items()}
+            runs.append(_Run(min(self.depths.values()), everywhere))
+        largest, equal = 0.0, True
+        for run in runs:
+            found = states(run)
+            before, after = (each.ce.double() for each in self.head.scores(clean, [clean, found], targets))
+            change = (after - before)[before.isfinite()].mean().abs().item() if before.isfinite().any() else 0.0
+            if not change <= GATE_NATS:
+                raise ArgumentError(
+                    f"with x in place of x at {', '.join(run.actions)} the loss changes by {change:.3g} nats, so the losses would "
+                    f"not be the SAEs' own; at most {GATE_NATS:g} is expected. Does the model give other logits each time it runs "
+                    "(dropout in train mode, sampling)? Call lm.eval()."
+                )
+            largest, equal = max(largest, change), equal and torch.equal(found.nan_to_num(), clean.nan_to_num())
+        self.gate = {"nats": largest, "bit_equal": equal}
+
+    def add(self, scores: Mapping[Any, Scores], rows: Mapping[str, Tensor], counted: Tensor) -> None:
+        """The scores of a batch to the sums; `counted` [rows, length - 1]."""
+        row, column = counted.nonzero(as_tuple=True)
+        for name, losses in self.losses.items():
+            inside = rows[name][:, :-1][counted]
+            spliced = scores[name, "spliced"]
+            ablated = ALL if name == ALL else self.places[name]
+            values = {
+                "ce_clean": scores["clean"].ce,
+                "ce_spliced": spliced.ce,
+                "ce_zero": scores[ablated, "zero"].ce,
+                "ce_mean": scores[ablated, "mean"].ce,
+                "kl": spliced.kl,
+                "top1": spliced.agrees,
+            }
+            kept = {each: value[inside.to(value.device)] for each, value in values.items()}
+            losses.add(row[inside], column[inside], len(counted), kept)
+
+    def runs(self, sources: Mapping[str, SourceAction], batch: int) -> dict[Any, _Run]:
+        """All variants of a batch by (row or place, kind). Of one SAE alone the reconstructions of the clean activations are
+        what it splices in; they are measured on the way."""
+        runs: dict[Any, _Run] = {}
+        for name, place in self.places.items():
+            mask = self.mask(name, batch)
+            x_hat = self.fidelity[name].update(sources[place.reads].take(), sources[place.writes].take(), mask)
+            runs[name, "spliced"] = _Run(self.depths[place], {place.writes: ReplaceAction(mask, _always(x_hat))})
+        for place, depth in self.depths.items():
+            mask, mean = self.masks[place][batch], self.means[place].mean
+            runs[place, "zero"] = _Run(depth, {place.writes: ReplaceAction(mask, torch.zeros_like)})
+            runs[place, "mean"] = _Run(depth, {place.writes: ReplaceAction(mask, _always(mean))})
+        if self.together:
+            depth = min(self.depths.values())
+            for kind in ("zero", "mean"):
+                everywhere = {place.writes: runs[place, kind].actions[place.writes] for place in self.depths}
+                runs[ALL, kind] = _Run(depth, everywhere)
+            runs[ALL, "spliced"] = _Run(depth, self.splice_all(batch))
+        return runs
+
+    def splice_all(self, batch: int) -> dict[str, Action]:
+        """Every reconstruction at once; what an SAE reads comes out of those before it."""
+        chains: dict[str, list[Action]] = {}
+        for name, place in self.places.items():
+            sae, mask = self.hooked.saes[name], self.mask(name, batch)
+            new: Callable[[Tensor], Tensor] = partial(reconstruct, sae)
+            if place.reads != place.writes:
+                source = SourceAction(place.reads)
+                chains.setdefault(place.reads, []).insert(0, source)
+                new = partial(_of_source, sae, source, mask)
+            chains.setdefault(place.writes, []).append(ReplaceAction(mask, new))
+        return {site: chain[0] if len(chain) == 1 else ChainAction(chain) for site, chain in chains.items()}
+
+    def row(self, name: str, label: str, seed: int) -> EvalRow:
+        """The row of one SAE."""
+        fidelity, place = self.fidelity[name], self.places[name]
+        values, found = values_of(self.losses[name].sums, LOSSES, name, seed)
+        more, others = values_of(fidelity.sums, RATIOS, name, seed)
         return EvalRow(
-            sae=name,
-            site=site,
-            tokens=sum(int(mask.sum()) for mask in masks[site]),
-            ce_clean=clean,
-            ce_spliced=ce["spliced"],
-            ce_zero=ce["zero"],
-            ce_mean=ce["mean"],
-            delta_ce=ce["spliced"] - clean,
-            ce_recovered_zero=_ratio(ce["zero"] - ce["spliced"], ce["zero"] - clean),
-            ce_recovered_mean=_ratio(ce["mean"] - ce["spliced"], ce["mean"] - clean),
-            kl=variants[site, "spliced"].kl.value,
-            fvu=fvu,
-            l0=l0,
-            dead_share=dead,
+            sae=label,
+            site=place.reads,
+            tokens=sum(int(mask.sum()) for mask in self.masks[place]),
+            dead_share=fidelity.dead_share,
+            d_sae=fidelity.sae.d_sae,
+            nan_tokens=self.nan_tokens[place],
+            intervals=found | others,
+            extra={"positions": self.losses[name].positions(), **fidelity.blocks()},
+            **self._counts(name),
+            **values,
+            **more,
         )
 
-    results = [
-        row((names or {}).get(site, site), site, m[0].fvu, m[1].l0, m[1].dead_share) for site, m in measured.items()
-    ]
-    if together:
-        pooled = list(measured.values())
-        n_latents = [hooked.saes[site].d_sae for site in sites]
-        dead = sum(m[1].dead_share * n for m, n in zip(pooled, n_latents, strict=True)) / sum(n_latents)
-        fvu = _ratio(sum(m[0].error for m in pooled), sum(m[0].x.variance for m in pooled))
-        results.append(row(ALL, ALL, fvu, sum(m[1].l0 for m in pooled), dead))
-    return EvalResult(results, _provenance(hooked, tokens))
+    def joint_row(self, seed: int) -> EvalRow:
+        """The row of all SAEs at once."""
+        values, found = values_of(self.losses[ALL].sums, LOSSES, ALL, seed)
+        parts = list(self.fidelity.values())
+        d_sae = sum(part.sae.d_sae for part in parts)
+        error, variance = (sum(float(part.sums.totals()[each]) for part in parts) for each in ("error", "variance"))
+        masks = [self.mask(ALL, i) for i in range(len(next(iter(self.masks.values()))))]
+        return EvalRow(
+            sae=ALL,
+            site=ALL,
+            tokens=sum(int(mask.sum()) for mask in masks),
+            fvu=error / variance if variance else None,
+            l0=sum(float(RATIOS["l0"](part.sums.totals())) for part in parts),
+            dead_share=sum(part.dead_share * part.sae.d_sae for part in parts) / d_sae,
+            d_sae=d_sae,
+            nan_tokens=max(self.nan_tokens.values()),
+            intervals=found,
+            extra={"positions": self.losses[ALL].positions()},
+            **self._counts(ALL),
+            **values,
+        )
+
+    def _counts(self, name: str) -> dict[str, Any]:
+        losses = self.losses[name]
+        return {"nan_losses": losses.not_finite, "windows": int((losses.sums.by_sequence()["n"] > 0).sum())}
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else float("nan")
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
-def _measure(
-    hooked: HookedSAEs,
-    ids: Tensor,
-    measured: dict[str, tuple[Reconstruction, Firing]],
-    masks: dict[str, list[Tensor]],
-) -> None:
-    """Reconstruction and firing at every site, on clean activations; and the mask of every SAE, [rows, length]."""
-    for site, (x, y, mask) in read_sites(hooked, ids).items():
-        masks[site].append(mask)
-        if len(x):
-            out = hooked.saes[site](x)
-            measured[site][0].update(y, out.x_hat)
-            measured[site][1].update(out.acts)
+def _always(value: Tensor) -> Callable[[Tensor], Tensor]:
+    """Whatever x is: `value` [n, d] or [d]."""
+    return lambda x: value.to(x.device, x.dtype).expand_as(x)
 
 
-class Clean(NamedTuple):
-    """Clean activations of the tokens in an SAE's mask."""
-
-    x: Tensor
-    """What it reads, [n, d_in]."""
-    y: Tensor
-    """What it reconstructs, [n, d_out]: x, but for a transcoder."""
-    mask: Tensor
-    """[rows, length] bool on the CPU."""
+def _of_source(sae: SAE, source: SourceAction, mask: Tensor, _: Tensor) -> Tensor:
+    x = source.take()
+    return reconstruct(sae, x[mask.to(x.device)])
 
 
-def read_sites(hooked: HookedSAEs, ids: Tensor) -> dict[str, Clean]:
-    """Clean activations for every attached SAE, by its site."""
-    group: list[ReadAction] = []
-    sites = dict.fromkeys(site for one in hooked.attached.values() for site in (one.reads, one.writes))
-    readers = {site: ReadAction(group, stop=True) for site in sites}
-    hooked.run(ids, readers)
-    found = {}
-    for name, (sae, reads, writes) in hooked.attached.items():
-        read, written = readers[reads], readers[writes]
-        assert read.value is not None
-        assert written.value is not None
-        mask = read.mask(sae.mask_rule)
-        found[name] = Clean(read.value[mask], written.value[mask.to(written.value.device)], mask.cpu())
-    return found
-
-
-def _variants(hooked: HookedSAEs, means: Mapping[str, Tensor], together: bool) -> dict[tuple[str, str], _Variant]:
-    splice = Program(splice=True)
-    by_kind: dict[str, Callable[[str, SAE, SourceAction | None], Action]] = {
-        "spliced": lambda site, sae, source: EditAction([LatentBlock(sae, [], splice, source=source)], splice),
-        "zero": lambda site, sae, source: ReplaceAction(torch.zeros(sae.d_out), sae.mask_rule, source),
-        "mean": lambda site, sae, source: ReplaceAction(means[site], sae.mask_rule, source),
-    }
-    variants: dict[tuple[str, str], _Variant] = {}
-    for kind, make in by_kind.items():
-        everywhere: dict[str, Action] = {}
-        for site, sae in hooked.saes.items():
-            actions = hooked.where_written(site, functools.partial(make, site, sae))
-            variants[site, kind] = _Variant(actions)
-            everywhere |= actions
-        if together:
-            variants[ALL, kind] = _Variant(everywhere)
-    return variants
-
-
-def _score(
-    hooked: HookedSAEs,
-    ids: Tensor,
-    masks: Mapping[str, Tensor],
-    clean_ce: Mapping[str, Mean],
-    variants: Mapping[tuple[str, str], _Variant],
-    bar: Any,
-) -> None:
-    """Losses of one batch in all variants; `masks` by site, [rows, length]."""
-    counted = torch.stack(list(masks.values())).any(0)[:, :-1]
-    inside = {name: mask[:, :-1][counted] for name, mask in masks.items()}
-    targets = ids[:, 1:][counted.to(ids.device)][:, None]
-
-    def log_probs(actions: Mapping[str, Action]) -> Tensor:
-        logits = hooked.run(ids, actions).logits[:, :-1]
-        bar.update()
-        return logits[counted.to(logits.device)].float().log_softmax(-1)
-
-    clean = log_probs({})
-    targets = targets.to(clean.device)
-    inside = {name: mask.to(clean.device) for name, mask in inside.items()}
-    clean_losses = -clean.gather(1, targets)
-    for name, mean in clean_ce.items():
-        mean.update(clean_losses[inside[name]])
-    probs = clean.exp()
-    for (name, kind), variant in variants.items():
-        new = log_probs(variant.actions)
-        variant.ce.update(-new.gather(1, targets)[inside[name]])
-        if kind == "spliced":
-            variant.kl.update((probs * (clean - new)).sum(-1)[inside[name]])
-
-
-def measure_stats(hooked: HookedSAEs, tokens: Windows | Tensor, *, progress: bool = True) -> dict[str, LatentStats]:
-    """Statistics of every attached SAE on text, by site; what the units `max` and `quantile` and `error="mean"` need.
-
-    Raises:
-        ArgumentError: no token of the text is in the mask of one of the SAEs.
-    """
-    ids = tokens.ids if isinstance(tokens, Windows) else tokens
-    measured = {site: (Firing(), Histogram(sae.d_sae, sae.device), Moments()) for site, sae in hooked.saes.items()}
-    with torch.no_grad():
-        for batch in tqdm(
-            ids.split(max(1, 4096 // ids.shape[1])), desc="measuring", unit="batch", disable=not progress
-        ):
-            for site, clean in read_sites(hooked, batch).items():
-                if len(clean.x):
-                    firing, histogram, error = measured[site]
-                    out = hooked.saes[site](clean.x)
-                    firing.update(out.acts)
-                    histogram.update(out.acts)
-                    error.update(clean.y - out.x_hat)
-    stats = {}
-    for site, (firing, histogram, error) in measured.items():
-        if firing.count is None:
-            raise ArgumentError(
-                f"no token of the text is in the mask of the SAE at {site}, so there is nothing to measure. Give real text."
-            )
-        stats[site] = stats_of(firing, histogram, error.mean)
-    return stats
-
-
-def _provenance(hooked: HookedSAEs, tokens: Windows | Tensor) -> dict[str, Any]:
+def _provenance(run: _Evaluation, tokens: Windows | Tensor, *, checked: bool, seed: int) -> dict[str, Any]:
+    hooked = run.hooked
+    fits = "fits" if checked else "not checked"
     text = (
         {
             "sha256": tokens.text_sha256,
@@ -378,17 +371,23 @@ def _provenance(hooked: HookedSAEs, tokens: Windows | Tensor) -> dict[str, Any]:
             "id": hooked.model.name,
             "revision": getattr(hooked.lm.config, "_commit_hash", None),
             "dtype": str(hooked.lm.dtype).removeprefix("torch."),
+            "device": hooked.model.device.type,
             "tokenizer_sha256": tokenizer_sha256(hooked.tokenizer),
         },
         "saes": {
-            site: {
+            name: {
                 "activation": activation_to_dict(sae.config.activation),
                 "dtype": str(sae.dtype).removeprefix("torch."),
                 "mask_rule": str(sae.mask_rule),
+                "fingerprint": fits if sae.metadata.get("fingerprint") else "none in the file",
             }
-            for site, sae in hooked.saes.items()
+            for name, sae in hooked.saes.items()
         },
         "text": text,
         "position_rule": "losses at positions whose own token is in the mask; other tokens keep their activation",
         "inference_rule": "each token alone: TopK by its k, BatchTopK and JumpReLU by their thresholds",
+        "identity": run.gate,
+        "logits": "in chunks" if run.head.site else "the model's own forward: its head is unknown",
+        "shared_layers": {place.writes: depth for place, depth in run.depths.items()},
+        "intervals": {"level": LEVEL, "draws": DRAWS, "over": "windows", "seed": seed},
     }

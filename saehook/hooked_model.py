@@ -68,10 +68,11 @@ from saehook.errors import (  # noqa: E402
 from saehook.hooked_saes import HookedSAEs  # noqa: E402
 from saehook.interventions import Edit, Program  # noqa: E402
 from saehook.positions import Positions, TokenView  # noqa: E402
+from saehook.prefix import Follower  # noqa: E402
 from saehook.results import Report  # noqa: E402
 from saehook.runs import Runs  # noqa: E402
 from saehook.sae import SAE  # noqa: E402
-from saehook.sites import Site, named_sites, resolve, same_site  # noqa: E402
+from saehook.sites import Site, layer_paths, named_sites, resolve, same_site  # noqa: E402
 from saehook.tokenization import is_outlier, keep_mask, special_ids  # noqa: E402
 
 FINGERPRINT_FACTOR = 2.0
@@ -220,11 +221,14 @@ class _Taps:
         self.sites = {site.name: site for site in sites}
         self.shape: torch.Size | None = None
         """(rows, tokens) of the forward pass that a trace runs."""
+        self.prefix: Follower | None = None
+        """What records layers of this run, or leaves them out."""
         self.points: dict[str, TapPoint] = {}
         """By site, and by name of the SAE."""
         self.envoys: dict[str, Envoy] = {}
         envoys = dict(model.named_modules())
         prefix = model.path
+        self.layers = [envoys[f"{prefix}.{path}"] for path in layer_paths(model._module)]
         _check_no_trace(model)
         edited = self._with_positions(model)
         for site in sites:
@@ -303,6 +307,8 @@ class _Taps:
                 for _ in steps:
                     args, kwargs = edited.inputs
                     begin(args, kwargs)
+                    if self.prefix is not None:
+                        self.prefix.follow(self.layers)
         return edited
 
     @staticmethod
@@ -319,8 +325,15 @@ class _Taps:
         """nnsight's tracer on the edited copy. It must be returned as it is: nnsight reads the caller's source."""
         return self.edited.trace(*args, **kwargs)
 
-    def run(self, call: Callable[[], Any], actions: Mapping[str, Action], positions: Positions) -> Any:
-        """`call()` with an action at some of the sites; the other sites pass on what they get.
+    def run(
+        self,
+        call: Callable[[], Any],
+        actions: Mapping[str, Action],
+        positions: Positions,
+        prefix: Follower | None = None,
+    ) -> Any:
+        """`call()` with an action at some of the sites; the other sites pass on what they get. `prefix`: what
+        records layers of the run, or leaves them out.
 
         Raises:
             SiteNotExecutedError: a site with an action did not run.
@@ -358,7 +371,7 @@ class _Taps:
             self.check_open()
             _check_no_trace(self.edited)
             self._check_recomputed(actions)
-            self.positions = positions
+            self.positions, self.prefix = positions, prefix
             for point in self.points.values():
                 point.action = _unchanged
             for name in self.sites:
@@ -366,17 +379,25 @@ class _Taps:
             try:
                 # nnsight wants an input to assemble; what runs is `call`, with inputs of its own.
                 result = self.edited.trace(_NO_INPUT, fn=lambda *_, **__: call(), trace=False)
+            except StopForward:
+                _check_visited(actions, visited)
+                raise
             finally:
-                self.positions, self.view = None, None
+                self.positions, self.view, self.prefix = None, None, None
                 for point in self.points.values():
                     point.action = None
-        missing = [name for name in actions if name not in visited]
-        if missing:
-            raise SiteNotExecutedError(
-                f"the model did not run {', '.join(missing)} (a skipped layer or an unused expert?), so what was asked for "
-                "there did not happen. Attach at a site that every forward pass reaches."
-            )
+        _check_visited(actions, visited)
         return result
+
+
+def _check_visited(actions: Iterable[str], visited: Mapping[str, Any]) -> None:
+    """Raises SiteNotExecutedError where a site with an action did not run."""
+    missing = [name for name in actions if name not in visited]
+    if missing:
+        raise SiteNotExecutedError(
+            f"the model did not run {', '.join(missing)} (a skipped layer or an unused expert?), so what was asked for "
+            "there did not happen. Attach at a site that every forward pass reaches."
+        )
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -447,6 +468,11 @@ class HookedModel(Runs):
         """`lm` and `tokenizer`: loaded Hugging Face objects; neither is changed. See `from_pretrained`."""
         if tokenizer is None:
             raise ArgumentError("a loaded model needs its tokenizer, too: HookedModel.from_pretrained(lm, tokenizer).")
+        if not lm.can_generate():
+            raise ArgumentError(
+                f"{type(lm).__name__} has no language-model head, so it has neither a loss nor next tokens. Load it with "
+                "AutoModelForCausalLM, or HookedModel.from_pretrained(path)."
+            )
         self.lm = lm.eval()
         self.tokenizer = tokenizer
         self.model_id = model_id or getattr(lm.config, "name_or_path", None) or type(lm).__name__
@@ -653,7 +679,7 @@ class HookedModel(Runs):
         for name, (sae, _, writes) in attached.items():
             sae.to(self.device)
             if check == "fingerprint":
-                self._check_fingerprint(name, writes, sae)
+                self.check_fingerprint(name, writes, sae)
         with self._lock:
             taps = _Taps(self._nnsight, list(sites.values()), attached, self._lock)
         return HookedSAEs(self, taps, attached)
@@ -718,15 +744,22 @@ class HookedModel(Runs):
         keep = keep_mask(ids, None, special_ids(self.tokenizer), sae.mask_rule.skip_first_tokens).to(x.device)
         keep = keep & ~is_outlier(torch.linalg.vector_norm(x, dim=-1), sae.mask_rule)
         x, y = x[keep], y[keep]
-        with torch.no_grad():
-            out = sae(x)
         reconstruction, firing = Reconstruction(), Firing()
-        reconstruction.update(y, out.x_hat)
-        firing.update(out.acts)
+        with torch.no_grad():
+            for some, target in zip(sae.pieces(x), sae.pieces(y), strict=True):
+                out = sae(some)
+                reconstruction.update(target, out.x_hat)
+                firing.update(out.acts)
         norm = float(torch.linalg.vector_norm(x.double(), dim=-1).mean())
         return {"fvu": reconstruction.fvu, "l0": firing.l0, "mean_norm": norm, "token_ids": ids.tolist()}
 
-    def _check_fingerprint(self, site: str, site_out: str, sae: SAE) -> None:
+    def check_fingerprint(self, site: str, site_out: str, sae: SAE) -> None:
+        """Measure an SAE that reads `site` and writes `site_out` on the tokens of the fingerprint in its file.
+
+        Raises:
+            MissingStatError: its file holds none.
+            SiteError: FVU, L0 or norm differ by more than a factor of `FINGERPRINT_FACTOR`.
+        """
         recorded = sae.metadata.get("fingerprint")
         if not recorded:
             raise MissingStatError(

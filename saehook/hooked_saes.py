@@ -17,9 +17,11 @@ from saehook.errors import SiteError
 from saehook.interventions import NO_VALUE, AnyEdit, Edit, Program, VectorEdit
 from saehook.kl_strength import calibrated
 from saehook.positions import Positions
+from saehook.prefix import Follower
 from saehook.results import Latents, Report
 from saehook.runs import Runs, frozen
 from saehook.sites import resolve, same_site
+from saehook.sparse_acts import encode_for
 from saehook.where import EVERYWHERE, Where
 
 if TYPE_CHECKING:
@@ -79,6 +81,16 @@ class HookedSAEs(Runs):
         """The nnsight model with the SAEs, to be used inside `trace`: `hooked.nnsight.output.logits`, ..."""
         self._taps.check_open()
         return self._taps.edited
+
+    def check_fingerprints(self) -> None:
+        """Measure each SAE whose file records a fingerprint on the tokens recorded there.
+
+        Raises:
+            SiteError: one does something else than its file says: it belongs to another model, revision or site.
+        """
+        for name, one in self.attached.items():
+            if one.sae.metadata.get("fingerprint"):
+                self.model.check_fingerprint(name, one.writes, one.sae)
 
     def resolve_site(self, site: str | None) -> str:
         """The attached site that is meant; None where only one is attached.
@@ -145,17 +157,25 @@ class HookedSAEs(Runs):
                 self._more_taps[names] = self.model.more_taps(self.attached, names)
             return self._more_taps[names]
 
-    def run(self, x: Any, actions: Mapping[str, Action], *, gradients: bool = False) -> Any:
+    def run(
+        self,
+        x: Any,
+        actions: Mapping[str, Action],
+        *,
+        gradients: bool = False,
+        prefix: Follower | None = None,
+    ) -> Any:
         """One forward pass with any action at each site (`saehook.editing`); None if a reader stopped it.
 
-        `x` as for a call; cheaper than `hooked(x)` for evaluation, since no report is read. With `gradients` it is recorded
-        for those of what the actions put in, in the caller's grad mode; the model's parameters get none.
+        `x` as for a call; cheaper than `hooked(x)` for evaluation, since no report is read. The sites need no SAE. With
+        `gradients` it is recorded for those of what the actions put in, in the caller's grad mode; the model's parameters get
+        none. `prefix`: what records layers of the pass, or leaves them out (`saehook.prefix`).
         """
         batch = self._batch(x)
         arguments = self._arguments(batch, masked=False)
         call = lambda: self.lm(**arguments, use_cache=False)  # noqa: E731
         with self._taps.lock, frozen(self.lm) if gradients else torch.no_grad(), contextlib.suppress(StopForward):
-            return self._taps.run(call, actions, self._positions(batch, Program()))
+            return self._taps_for(actions).run(call, actions, self._positions(batch, Program()), prefix)
         return None
 
     def sweep(
@@ -241,7 +261,7 @@ class HookedSAEs(Runs):
                 rows.append(
                     Latents(
                         site=name,
-                        acts=sae.encode(values[mask.to(values.device)]),
+                        held=encode_for(sae, values[mask.to(values.device)]),
                         ids=ids,
                         tokens=[self.tokenizer.decode([i]) for i in ids.tolist()],
                         mask=keep[mask],

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saehook.charts import Curve, curve_chart, curve_css, escape, histogram, human, spans_decade
+from saehook.charts import Curve, curve_chart, escape, histogram, human, spans_decade
 from saehook.checkpoint import CONFIG, load_sae
 from saehook.errors import FileError, SaehookError
 from saehook.files import atomic_write
+from saehook.metrics_log import METRICS
+from saehook.page import counted, figure, flat, grid, page, section, table
 from saehook.sae import SAE
-from saehook.trainer import METRICS
 
 EVALUATION, REPORT = "eval.json", "report.html"
 Log = dict[str, list[dict[str, Any]]]
@@ -60,16 +61,16 @@ def write_report(run: Path) -> Path:
     saes = _read_saes(run, notes)
     rows = _read_evaluation(run / EVALUATION, notes)
     lms = _distinct(_lookup(sae, "lm", "id") for sae in saes.values())
-    title = escape(f"{_counted(len(log) or len(saes), 'SAE')} {f'on {lms}' if lms else 'in training'}")
+    title = escape(f"{counted(len(log) or len(saes), 'SAE')} {f'on {lms}' if lms else 'in training'}")
     parts = [
         f"<header><p>Training run {escape(run.resolve().name)}</p><h1>{title}</h1>{_facts(saes)}</header>",
         *(f'<p class="note">{escape(note)}</p>' for note in notes),
-        _section("Training", _legend(log) + _grid(_curves(metric, log) for metric in CHARTS)),
-        _section("How often the latents fire", _grid(_densities(saes))),
-        _section("Evaluation on held-out text", _evaluation(rows)),
-        _section("Settings", "".join(_settings(name, sae) for name, sae in saes.items())),
+        section("Training", _legend(log) + grid(_curves(metric, log) for metric in CHARTS)),
+        section("How often the latents fire", grid(_densities(saes))),
+        section("Evaluation on held-out text", _evaluation(rows)),
+        section("Settings", "".join(_settings(name, sae) for name, sae in saes.items())),
     ]
-    atomic_write(run / REPORT, PAGE.format(title=title, css=CSS + curve_css(len(log)), body="\n".join(parts)))
+    atomic_write(run / REPORT, page(title, parts, len(log)))
     return run / REPORT
 
 
@@ -102,9 +103,9 @@ def _read_log(path: Path, notes: list[str]) -> Log:
     if damaged:
         which = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
         end = " The last one was probably cut short when training was stopped." if damaged[-1] == len(rows) else ""
-        notes.append(f"Left out of {METRICS}: {_counted(len(damaged), 'damaged line')} (number {which}).{end}")
+        notes.append(f"Left out of {METRICS}: {counted(len(damaged), 'damaged line')} (number {which}).{end}")
     if replaced:
-        notes.append(f"{METRICS} goes back in tokens: left out {_counted(replaced, 'line')} that a later run replaced.")
+        notes.append(f"{METRICS} goes back in tokens: left out {counted(replaced, 'line')} that a later run replaced.")
     if not log:
         notes.append(f"{METRICS} holds no line that can be shown.")
     return log
@@ -158,7 +159,7 @@ def _legend(log: Log) -> str:
         key = f'<svg class="key" viewBox="0 0 36 8"><path class="{Curve(name, number, []).path_class}" d="M2 4H34"/></svg>'
         last = [human(lines[-1].get(metric.key), _is_share(metric.key)) for metric in metrics]
         rows.append((key + escape(name), [human(lines[-1]["tokens"]), *last]))
-    return _table(["At the end of the log", "Tokens", *(metric.title for metric in metrics)], rows) if rows else ""
+    return table(["At the end of the log", "Tokens", *(metric.title for metric in metrics)], rows) if rows else ""
 
 
 def _curves(metric: Metric, log: Log) -> str:
@@ -169,7 +170,7 @@ def _curves(metric: Metric, log: Log) -> str:
         return ""
     as_log = metric.log and spans_decade(curves)
     chart = curve_chart(metric.title, curves, below="tokens", log=as_log, share=_is_share(metric.key))
-    return _figure(metric.title, metric.note + ("; log scale" if as_log else ""), chart)
+    return figure(metric.title, metric.note + ("; log scale" if as_log else ""), chart)
 
 
 def _densities(saes: Mapping[str, SAE]) -> Iterator[str]:
@@ -180,31 +181,31 @@ def _densities(saes: Mapping[str, SAE]) -> Iterator[str]:
     low, high = math.floor(min(everything, default=-1)), math.ceil(max(everything, default=0))
     for name, sae in saes.items():
         if sae.stats is None:
-            yield _figure(name, "no statistics were stored; saehook stats measures them", "")
+            yield figure(name, "no statistics were stored; saehook stats measures them", "")
             continue
         silent = sae.d_sae - len(logs[name])
         note = f"{silent:,} of {sae.d_sae:,} latents ({human(silent / sae.d_sae, share=True)}) never fired"
         below = "log10 of the share of tokens on which a latent fires"
         chart = histogram(name, logs[name], low, max(0, high), below=below, what="latents fire on this share of tokens")
-        yield _figure(name, f"{note} on {human(sae.stats.tokens)} tokens", chart)
+        yield figure(name, f"{note} on {human(sae.stats.tokens)} tokens", chart)
 
 
 def _evaluation(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All columns of `eval.json`; those that hold text share the first."""
+    """The numbers of `eval.json`; columns that hold text share the first."""
     if not rows:
         return f"<p>There is none in this folder ({EVALUATION}). <code>saehook eval --json</code> makes one.</p>"
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, (dict, list))))
     words = [key for key in keys if any(isinstance(row.get(key), str) for row in rows)]
     numbers = [key for key in keys if key not in words]
     body = [
         (
-            "<br>".join(dict.fromkeys(escape(row.get(key, "")) for key in words)),
+            "<br/>".join(dict.fromkeys(escape(row.get(key, "")) for key in words)),
             [human(row.get(k), _is_share(k)) for k in numbers],
         )
         for row in rows
     ]
-    table = _table([key.replace("_", " ") for key in (", ".join(words), *numbers)], body)
-    return f"{table}<p>Cross-entropy (ce) and KL in nats per token; dead: fired on none of the tokens.</p>"
+    cells = table([key.replace("_", " ") for key in (", ".join(words), *numbers)], body)
+    return f"{cells}<p>Cross-entropy (ce) and KL in nats per token; dead: fired on none of the tokens.</p>"
 
 
 def _settings(name: str, sae: SAE) -> str:
@@ -217,41 +218,9 @@ def _settings(name: str, sae: SAE) -> str:
         **sae.metadata,
     }
     values.pop("evaluation", None)  # has a table of its own
-    rows = [(escape(key), [value]) for key, value in _flat(values)]
+    rows = [(escape(key), [value]) for key, value in flat(values)]
     summary = f"<summary>{escape(name)} <small>{escape(sae.config.activation)}, {sae.d_sae:,} latents</small></summary>"
-    return f"<details>{summary}{_table(['setting', 'value'], rows)}</details>"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and len(value) > 8:
-            yield prefix + key, f"{len(value):,} values"
-        else:
-            yield prefix + key, f"{value:,}" if type(value) is int else str(value)
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
-
-
-def _grid(figures: Iterable[str]) -> str:
-    inside = "".join(figures)
-    return f'<div class="grid">{inside}</div>' if inside else ""
-
-
-def _figure(title: str, note: str, picture: str) -> str:
-    return f"<figure><figcaption><b>{escape(title)}</b> {escape(note)}</figcaption>{picture}</figure>"
-
-
-def _table(head: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]) -> str:
-    """The first cell of a row is HTML, the others are text."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        f"<tr><th>{first}</th>{''.join(f'<td>{escape(c)}</td>' for c in cells)}</tr>" for first, cells in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<details>{summary}{table(['setting', 'value'], rows)}</details>"
 
 
 def _lookup(sae: SAE, *keys: str) -> Any:
@@ -266,10 +235,6 @@ def _distinct(values: Iterable[Any]) -> str:
     return ", ".join(dict.fromkeys(human(value) for value in values if value is not None))
 
 
-def _counted(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
 def _is_share(key: str) -> bool:
     return key.endswith("_share")
 
@@ -277,56 +242,3 @@ def _is_share(key: str) -> bool:
 def _finite(value: Any) -> float:
     """The number; NaN for what is none, and for one too large to draw."""
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
-
-
-# The policy lets nothing run and nothing load, whatever a file says.
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body><main>
-{body}
-</main></body>
-</html>
-"""
-CSS = """
-:root { color-scheme: light dark; --ground: #f5f6f8; --card: #fff; --ink: #1c1f24; --soft: #59606b; --rule: #dfe2e7;
-  --bar: #1f5fa8; --hover: #1c1f2414; --note: #fff3d6; }
-@media (prefers-color-scheme: dark) { :root { --ground: #121418; --card: #1b1e24; --ink: #e8eaed; --soft: #a3abb8;
-  --rule: #343a44; --bar: #4787c6; --hover: #ffffff16; --note: #3d3318; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
-main { max-width: 80rem; margin: auto; padding: 1.5rem clamp(.75rem, 2vw, 1.5rem) 3rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1rem; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .75rem; }
-p, dl, dd, figure { margin: 0; }
-dl { display: flex; flex-wrap: wrap; gap: .75rem 2.25rem; }
-dd { font-weight: 600; }
-dt, header p, section > p, figcaption, small, thead { color: var(--soft); font-size: .88rem; }
-.note { background: var(--note); border-radius: 8px; padding: .5rem .9rem; margin-top: 1rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
-.scroll + .grid, details + details { margin-top: 1rem; }
-.scroll + p { margin-top: .5rem; }
-figure, .scroll, details { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
-figure { padding: .8rem .8rem .4rem; min-width: 0; }
-figcaption { margin-bottom: .4rem; }
-figcaption b { color: var(--ink); font-size: .95rem; margin-right: .3em; }
-summary { padding: .6rem .9rem; cursor: pointer; font-weight: 600; }
-.scroll { overflow-x: auto; }
-details .scroll { border-width: 1px 0 0; border-radius: 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-tbody { font-size: .88rem; }
-th, td { padding: .4rem .8rem; text-align: right; font-weight: inherit; overflow-wrap: normal; }
-td { white-space: nowrap; }
-th:first-child, details td, details th { text-align: left; overflow-wrap: anywhere; min-width: 10rem; }
-details td { white-space: normal; width: 75%; }
-details th { min-width: 12.5rem; }
-tbody tr { border-top: 1px solid var(--rule); }
-tbody tr:hover { background: var(--hover); }
-"""

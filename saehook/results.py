@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from saehook.errors import ArgumentError
+from saehook.errors import ArgumentError, LatentError
 from saehook.interventions import AnyEdit, Edit
+from saehook.sae import DENSE_ENTRIES
+from saehook.sparse_acts import Acts, columns_of
 
 
 class LatentChange(NamedTuple):
@@ -194,8 +197,9 @@ class Latents:
     """Latent activations of one row at one site."""
 
     site: str
-    acts: Tensor
-    """[S, d_sae], on the SAE's device; all tokens, also those outside the mask, which the SAE was not trained on."""
+    held: Acts
+    """[S, d_sae], on the SAE's device; of a wide SAE only those that are not 0. All tokens, also those outside the mask, which
+    the SAE was not trained on."""
     ids: Tensor
     """[S] int64 on the CPU."""
     tokens: list[str]
@@ -203,20 +207,47 @@ class Latents:
     mask: Tensor
     """[S] bool on the CPU: False outside the mask, at special tokens and what the SAE's `mask_rule` leaves out."""
 
+    @property
+    def acts(self) -> Tensor:
+        """The activations as one dense tensor, [S, d_sae], on the SAE's device.
+
+        Raises:
+            ArgumentError: a wide SAE, and a text so long that the tensor would be too large.
+        """
+        if isinstance(self.held, Tensor):
+            return self.held
+        n, d_sae = len(self.ids), self.held.pairs.d_sae
+        if n * d_sae > DENSE_ENTRIES:
+            raise ArgumentError(
+                f"{n} tokens x {d_sae:,} latents are too many for one dense tensor. Use .fired, .top(), .at() or .of(latent)."
+            )
+        return self.held.dense()
+
+    @cached_property
+    def fired(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(positions, latents, activations) of all that are not 0, [m] each, position by position; also outside the mask."""
+        if isinstance(self.held, Tensor):
+            positions, latents = self.held.nonzero(as_tuple=True)
+            return positions, latents, self.held[positions, latents]
+        return self.held.pairs.tokens, self.held.pairs.latents, self.held.values
+
+    def of(self, latent: int) -> Tensor:
+        """The activations of one latent, [S], on the SAE's device.
+
+        Raises:
+            LatentError: there is no such latent.
+        """
+        d_sae = self.held.shape[1] if isinstance(self.held, Tensor) else self.held.pairs.d_sae
+        if not 0 <= latent < d_sae:
+            raise LatentError(f"latent {latent} is outside 0..{d_sae - 1}, the latents of the SAE at {self.site}.")
+        return columns_of(self.held, torch.tensor([latent], device=self.fired[0].device))[:, 0]
+
     def top(self, n: int = 10) -> list[LatentHit]:
         """The n latents with the largest activation on any token of the mask, in magnitude, strongest first; fewer if fewer
         fire."""
         if n < 1:
             raise ArgumentError(f"top({n}) asks for no latent; at least 1 is expected.")
-        acts = self.acts * self.mask[:, None].to(self.acts.device)
-        strengths, positions = acts.abs().max(0)
-        latents = strengths.topk(min(n, strengths.numel())).indices
-        values = acts[positions[latents], latents]
-        return [
-            LatentHit(latent, value, int(positions[latent]), self.tokens[int(positions[latent])])
-            for latent, value in zip(latents.tolist(), values.tolist(), strict=True)
-            if value != 0
-        ]
+        return self._strongest(self.mask.to(self.fired[0].device)[self.fired[0]], n)
 
     def at(self, position: int, n: int = 10) -> list[LatentHit]:
         """The n strongest latents of one token, strongest first; negative positions count from the end."""
@@ -224,15 +255,19 @@ class Latents:
             raise ArgumentError(f"at(..., n={n}) asks for no latent; at least 1 is expected.")
         if not -len(self.ids) <= position < len(self.ids):
             raise ArgumentError(f"position {position} is outside the {len(self.ids)} tokens.")
-        position %= len(self.ids)
-        acts = self.acts[position]
-        latents = acts.abs().topk(min(n, len(acts))).indices
-        return [
-            LatentHit(latent, value, position, self.tokens[position])
-            for latent, value in zip(latents.tolist(), acts[latents].tolist(), strict=True)
-            if value != 0
-        ]
+        return self._strongest(self.fired[0] == position % len(self.ids), n)
+
+    def _strongest(self, some: Tensor, n: int) -> list[LatentHit]:
+        """The n strongest latents among some of those that fired, each where it is strongest."""
+        positions, latents, acts = (each[some & (self.fired[2] != 0)] for each in self.fired)
+        falling = acts.abs().argsort(descending=True, stable=True)
+        known, which = latents[falling].unique(return_inverse=True)
+        places = torch.arange(len(falling), device=falling.device)
+        first = torch.full_like(known, len(falling)).scatter_reduce(0, which, places, "amin")
+        best = falling[first.sort().values[:n]]
+        rows = zip(latents[best].tolist(), acts[best].tolist(), positions[best].tolist(), strict=True)
+        return [LatentHit(latent, value, position, self.tokens[position]) for latent, value, position in rows]
 
     def l0(self) -> Tensor:
         """Latents that fire on each token, [S] int64 on the CPU."""
-        return torch.count_nonzero(self.acts, dim=-1).cpu()
+        return torch.bincount(self.fired[0], minlength=len(self.ids)).cpu()

@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saehook.activation_fns import activate
+from saehook import kernels
+from saehook.activation_fns import activate, check_threshold
 from saehook.config import AbsTopK, BatchTopK, JumpReLU, MaskRule, SAEConfig
-from saehook.errors import ArgumentError, LatentError, MissingStatError, ShapeError
+from saehook.errors import ArgumentError, FormatError, LatentError, MissingStatError, ShapeError
 
 LAYER_NORM_EPS = 1e-5
 INITIAL_JUMPRELU_THRESHOLD = 1e-3
+DENSE_ENTRIES = 2**26
+"""Latent activations that a wide SAE makes at once as one dense tensor, at most: 256 MiB in float32."""
 QUANTILE_LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 """Levels of `LatentStats.quantiles`."""
 
@@ -93,6 +96,8 @@ class SAE(nn.Module):
         self.metadata: dict[str, Any] = {}
         self.source: Path | None = None
         """The folder that `load_sae` read it from; in the formats of others the file of its weights."""
+        self.mapped = False
+        """Whether the weights lie in that file, and only what is used of them is read."""
 
         def unit_rows(width: int) -> Tensor:
             if device is not None and torch.device(device).type == "meta":  # sizes only: whoever asks fills them in
@@ -167,8 +172,8 @@ class SAE(nn.Module):
         # The peers (OpenAI, SAELens, BatchTopK) divide by std + eps and multiply by std.
         return (x - mean) / (std + LAYER_NORM_EPS), mean, std
 
-    def pre_acts(self, x: Tensor) -> Tensor:
-        """Pre-activations, [..., d_sae], in the SAE's dtype. `x` is [..., d_in], of any float dtype.
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the encoder multiplies: `x` [..., d_in] as a list of tokens [n, d_in], normalised and centred, in the SAE's dtype.
 
         Raises:
             ShapeError: the last dimension of `x` is not d_in.
@@ -181,7 +186,42 @@ class SAE(nn.Module):
         x, _, _ = self._normalize(x.to(self.dtype))
         if self.config.subtract_b_dec:
             x = x - self.b_dec
-        return torch.addmm(self.b_enc, x.reshape(-1, self.d_in), self.W_enc).view(*x.shape[:-1], self.d_sae)
+        return x.reshape(-1, self.d_in)
+
+    @property
+    def tokens_at_once(self) -> int | None:
+        """Tokens that `encode`, `pre_acts` and `forward` take at once; None: any number, as of every SAE that is not wide
+        (`kernels.by_blocks`)."""
+        return max(1, DENSE_ENTRIES // self.d_sae) if kernels.is_wide(self.d_sae) else None
+
+    def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`x` [n, d_in] as pieces that `encode`, `pre_acts` and `forward` take."""
+        return x.split(self.tokens_at_once or max(1, len(x)))
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """Pre-activations, [..., d_sae], in the SAE's dtype. `x` is [..., d_in], of any float dtype.
+
+        Raises:
+            ShapeError: the last dimension of `x` is not d_in.
+            ArgumentError: the result would be too large; see `tokens_at_once`.
+        """
+        inputs = self.inputs(x)
+        if self.tokens_at_once is not None and len(inputs) > self.tokens_at_once:
+            size = len(inputs) * self.d_sae * self.dtype.itemsize / 2**30
+            raise ArgumentError(
+                f"{len(inputs):,} tokens x {self.d_sae:,} latents as one dense tensor would be {size:,.1f} GiB. Give at most "
+                f"{self.tokens_at_once} tokens at once (sae.pieces(x)), or use what keeps only those that fire: "
+                "hooked.latents(text), edits and splice, or saehook.sparse_acts.encode(sae, x). SAEHOOK_KERNELS=reference "
+                "in the environment lifts the limit."
+            )
+        pre_acts = torch.addmm(self.b_enc, inputs, self.W_enc)
+        self.check_read(pre_acts, inputs)
+        return pre_acts.view(*x.shape[:-1], self.d_sae)
+
+    def check_read(self, result: Tensor, given: Tensor | None = None) -> None:
+        """Raises FormatError where the weights of a mapped file gave NaN or infinity, from numbers that were finite."""
+        if self.mapped and not bool(result.isfinite().all()) and (given is None or bool(given.isfinite().all())):
+            raise FormatError(f"the weights in {self.source} give NaN or infinity; the file is damaged. Copy it again.")
 
     def activate(self, pre_acts: Tensor) -> Tensor:
         """Latent activations from pre-activations by the inference rule; see `encode`."""
@@ -191,12 +231,17 @@ class SAE(nn.Module):
         """Where latents are active: above 0, of an AbsTopK also below."""
         return acts != 0 if isinstance(self.config.activation, AbsTopK) else acts > 0
 
+    def check_threshold(self) -> None:
+        """Raises MissingStatError for a BatchTopK that has no threshold yet."""
+        check_threshold(self.config.activation, self.threshold)
+
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations, dense [..., d_sae], by the inference rule: every token is treated alone.
 
         Raises:
             ShapeError: the last dimension of `x` is not d_in.
             MissingStatError: a BatchTopK that has no threshold yet.
+            ArgumentError: the result would be too large; see `tokens_at_once`.
         """
         return self.activate(self.pre_acts(x))
 
@@ -215,7 +260,15 @@ class SAE(nn.Module):
                 f"the SAE has d_sae = {self.d_sae} latents, but got activations of shape {tuple(acts.shape)}."
             )
         flat = torch.addmm(self.b_dec, acts.to(self.dtype).reshape(-1, self.d_sae), self.W_dec)
-        x_hat = flat.view(*acts.shape[:-1], self.d_out)
+        return self.finish(flat.view(*acts.shape[:-1], self.d_out), x)
+
+    def finish(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
+        """The reconstruction from z W_dec + b_dec, [..., d_out]: with the skip map, or the token's mean and scale put back.
+
+        Raises:
+            ArgumentError: `x` is missing and needed; see `decode`.
+        """
+        self.check_read(x_hat, x)
         if self.config.normalize == "none" and self.W_skip is None:
             return x_hat
         if x is None:
@@ -229,6 +282,16 @@ class SAE(nn.Module):
         assert mean is not None
         assert std is not None
         return x_hat * std + mean
+
+    def decoder_rows(self, latents: Tensor) -> Tensor:
+        """Directions of some latents, [s, d_out]; of a mapped file nothing else is read.
+
+        Raises:
+            FormatError: a mapped file holds NaN or infinity there.
+        """
+        rows = self.W_dec[latents]
+        self.check_read(rows)
+        return rows
 
     def scale(self, x: Tensor) -> Tensor | None:
         """Factor per token, [..., 1], from latent units to the units of `x`; None where it is 1 everywhere."""

@@ -177,6 +177,24 @@ def named_sites(lm: Any) -> list[Site]:
     return sites
 
 
+def layer_paths(lm: Any) -> list[str]:
+    """Module paths of the layers in the order in which they run; none where the architecture has no row."""
+    row = architecture(lm)
+    if row is None:
+        return []
+    return [f"{row.layers}.{name}" for name, _ in lm.get_submodule(row.layers).named_children()]
+
+
+def layers_before(lm: Any, site: Site) -> int:
+    """How many of the first layers compute the same whatever is written at the site; 0 where that is not known."""
+    for i, path in enumerate(layer_paths(lm)):
+        if site.path == path:
+            return i + (site.side == "output")
+        if site.path.startswith(f"{path}."):
+            return i
+    return 0
+
+
 MAX_NAMES = 10_000
 """That one pattern may stand for."""
 

@@ -29,9 +29,9 @@ class LatentTrack:
         """Positions before this one were in a cache that the run began with."""
         self.view: TokenView | None = None
 
-    def note(self, acts: Tensor, mask: Tensor, view: TokenView) -> None:
-        """Keep the latents of one pass: `acts` [rows, n, d_sae], `mask` [rows, n]."""
-        z = torch.where(mask[..., None], acts.detach()[..., self.latents].float(), 0.0)
+    def note(self, z: Tensor, mask: Tensor, view: TokenView) -> None:
+        """Keep the latents of one pass: `z` [rows, n, len(latents)], `mask` [rows, n]."""
+        z = torch.where(mask[..., None], z.detach().float(), 0.0)
         if self.z is None:
             self.first = view.past
             self.z = z.new_zeros(len(z), view.past, len(self.latents))

@@ -20,17 +20,20 @@ from saehook.config import MAX_NORM_RATIO, MaskRule, TrainConfig
 from saehook.corpus import Document
 from saehook.dataset_text import DatasetText
 from saehook.errors import ArgumentError
-from saehook.evaluation import EvalResult, evaluate
+from saehook.eval_result import EvalResult
+from saehook.evaluation import evaluate
 from saehook.files import atomic_write
 from saehook.harvest import Shuffled, TextStream, activations_of, mask_rules, without_outliers
 from saehook.hooked_model import HookedModel
 from saehook.kl_tuning import KLBatches
 from saehook.loggers import check_loggers
+from saehook.metrics_log import METRICS
 from saehook.reports import write_report
 from saehook.run_state import checkpoints
 from saehook.sae import SAE
+from saehook.sae_run import sae_name, site_name
 from saehook.tokenization import Windows, tokenizer_sha256, window_size
-from saehook.trainer import CHECKPOINT_SECONDS, METRICS, Trainer, sae_name, site_name
+from saehook.trainer import CHECKPOINT_SECONDS, Trainer
 
 FINGERPRINT_TOKENS = 256
 CHECKPOINTS = "checkpoints"
@@ -246,7 +249,7 @@ def _evaluate(
         finally:
             hooked.detach()
         for one, row in zip(group, results[-1].results, strict=False):
-            one.sae.metadata["evaluation"] = vars(row) | {"text_sha256": held_out.text_sha256}
+            one.sae.metadata["evaluation"] = row.numbers() | {"text_sha256": held_out.text_sha256}
             save_sae(one.sae, one.folder, dtype=dtype)
     result = EvalResult([row for r in results for row in r.results], results[0].provenance)
     atomic_write(out / "eval.json", result.to_json() + "\n")

@@ -1,8 +1,12 @@
 """The commands, run as a user runs them: on the bundled files, and on a model and SAE of one's own."""
 
 import json
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from builders import build_lm, byte_tokenizer
 import saehook
 from saehook import Program, steer
 from saehook.cli import main
+from saehook.commands import demo
 
 WORDS = "the cat sees a red house and the dog runs under the tree . " * 200
 
@@ -31,7 +36,15 @@ def own(tmp_path_factory) -> dict[str, Path]:
         "--skip-first-tokens 1 --max-norm-ratio 7.5"
     )
     assert main(command.split()) == 0
-    return {"lm": lm, "text": text, "sae": folder / "out" / "layers.1.resid_post", "out": folder / "out"}
+    empty = folder / "empty.txt"
+    empty.write_text("")
+    return {
+        "lm": lm,
+        "text": text,
+        "empty": empty,
+        "sae": folder / "out" / "layers.1.resid_post",
+        "out": folder / "out",
+    }
 
 
 def test_train_writes_one_folder_per_site(own):
@@ -52,8 +65,28 @@ def test_eval_prints_a_table_and_writes_json(own, tmp_path, capsys):
     assert row["tokens"] >= 2000
     assert row["delta_ce"] == row["ce_spliced"] - row["ce_clean"]
     said = capsys.readouterr().out
-    assert f"{row['delta_ce']:.3f}" in said
+    assert f"{row['ce_spliced']:.3f}" in said
     assert f"tokens that count: {saehook.load_sae(own['sae']).mask_rule}" in said
+
+
+def test_eval_of_all_saes_of_a_run_and_its_page(own, tmp_path, capsys):
+    """What a shell makes of `run/*`: SAEs of one site, and files beside them."""
+    run = shutil.copytree(own["out"], tmp_path / "run")
+    shutil.copytree(own["sae"], run / "other")
+    found = " ".join(map(str, sorted(run.iterdir())))
+    out = tmp_path / "e.json"
+    assert main(f"eval --lm {own['lm']} --sae {found} --text {own['text']} --tokens 2k --json {out}".split()) == 0
+    said = capsys.readouterr()
+    assert "left out" in said.err
+    assert "metrics.jsonl" in said.err
+    first, second = json.loads(out.read_text())["results"]
+    assert (first["sae"], second["sae"]) == ("layers.1.resid_post", "other")
+    assert first["ce_spliced"] == second["ce_spliced"]
+    assert main(f"report {out}".split()) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "e.html")
+    assert "<svg" in (tmp_path / "e.html").read_text()
+    assert main(f"report {out} -o {tmp_path / 'page.html'}".split()) == 0
+    assert (tmp_path / "page.html").read_text() == (tmp_path / "e.html").read_text()
 
 
 def test_generate_equals_python_and_takes_a_program(own, tmp_path, capsys):
@@ -124,6 +157,48 @@ def test_demo_without_arguments_prints_the_table_of_the_bundled_files(capsys, tm
     assert "recovered" in capsys.readouterr().out
 
 
+def test_demo_has_a_table_before_anything_is_measured(own):
+    hooked = saehook.HookedModel.from_pretrained(own["lm"]).attach(saehook.load_sae(own["sae"]))
+    bundled = {"layers.2.resid_post": saehook.bundled("sae"), "layers.3.mlp_out": saehook.bundled("sae-mlp")}
+    stored = json.loads((saehook.bundled("sae").parent / "eval.json").read_text())
+    found = demo.recorded(hooked, bundled)
+    assert found is not None
+    assert json.loads(found.to_json()) == stored
+    measured = json.loads((own["out"] / "eval.json").read_text())["results"][0]
+    (site,) = hooked.sites
+    found = demo.recorded(hooked, {site: own["sae"]})
+    assert found is not None
+    assert vars(found.results[0]) == measured | {"sae": own["sae"].name, "site": site}
+    del hooked.saes[site].metadata["evaluation"]
+    assert demo.recorded(hooked, {site: own["sae"]}) is None
+
+
+@pytest.mark.slow
+def test_demo_serves_first_and_measures_then():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "saehook", "demo", "--port", str(port), "--tokens", "1k"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("measured again"):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as page:
+                    assert page.status == 200
+            if "tokens; losses" in line and len([x for x in lines if "tokens; losses" in x]) == 2:
+                break
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    said = "".join(lines)
+    assert said.startswith("recorded when the SAEs were made")
+    assert said.index("100,206 tokens") < said.index("serving on") < said.index("measured again")
+    assert process.returncode in (0, 130)
+
+
 def test_generate_and_sites_work_without_arguments(capsys):
     assert main(["generate", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("def load(path):\n")
@@ -138,7 +213,10 @@ MISTAKES = [
     ("eval --lm {lm}", "--sae DIR"),
     ("eval --lm {out} --sae {sae}", "no config.json"),
     ("eval --lm {lm} --sae {sae} --text /nowhere.txt", "nowhere.txt"),
+    ("eval --lm {lm} --sae {sae} --text {empty}", "one window needs"),
     ("eval --sae {sae}", "width 32"),
+    ("report {lm}", "cannot read"),
+    ("report {text}", "no evaluation"),
     ("train --lm {lm} --site layers.7.resid_post --text {text}", "Did you mean"),
     ("train --lm {lm} --text {text} --k 99999 --tokens 1k", "more latents than d_sae"),
     ("generate --lm {lm} --sae {sae} --max-new-tokens 4 --steer 9999=1 abc", "0..63"),
@@ -165,7 +243,9 @@ def test_counts_that_are_none(text):
     assert "is not a count" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "eval", "train", "generate", "replay", "export", "stats", "sites"])
+@pytest.mark.parametrize(
+    "command", ["demo", "eval", "report", "train", "generate", "replay", "export", "stats", "sites", "plan"]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

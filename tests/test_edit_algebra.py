@@ -327,6 +327,20 @@ def test_special_tokens_and_ids(models_by_name):
 # --- half precision --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("amount", [1e20, 1e38])
+def test_a_length_that_float32_cannot_hold_is_named(amount):
+    """x' itself may be finite; the sum of its squares, which every normalisation takes, would not be."""
+    hooked = HookedModel(build_lm("llama"), byte_tokenizer()).attach(tiny_sae(site=SITE))
+    edit = steer(7, amount, where=Where(positions=(2, None), rows=(1,)))
+    expected = (
+        rf"add 7 .* at {SITE} gave a vector whose length torch.float32 cannot hold, first at token 2 \(.*\) of row 1"
+    )
+    for call in (hooked, hooked.loss, hooked.generate):
+        with pytest.raises(ArgumentError, match=expected):
+            call([IDS, OTHER], edit)
+    assert hooked(IDS, steer(7, 1e15)).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_the_dtype_cannot_hold_is_named(dtype):
     hooked = HookedModel(build_lm("llama", dtype=dtype), byte_tokenizer()).attach(tiny_sae(site=SITE))

@@ -12,7 +12,9 @@ import saehook
 from saehook import SAE, ReLU, SAEConfig, TopK
 from saehook.corpus import Document
 from saehook.errors import ArgumentError
-from saehook.evaluation import EvalResult, evaluate, measure_stats
+from saehook.eval_result import EvalResult
+from saehook.evaluation import evaluate
+from saehook.latent_stats import measure_stats
 from saehook.sae import QUANTILE_LEVELS
 from saehook.tokenization import keep_mask, special_ids, windows
 
@@ -138,7 +140,7 @@ def test_kl_is_from_clean_to_spliced_and_not_back(model, text):
 def test_batching_changes_nothing(model, text, monkeypatch):
     hooked = model.attach({RESID: random_sae(0)})
     one = evaluate(hooked, text, progress=False).results[0]
-    monkeypatch.setattr("saehook.evaluation.MAX_LOGITS", 1)
+    monkeypatch.setattr("saehook.evaluation.BATCH_TOKENS", 1)
     two = evaluate(hooked, text, progress=False).results[0]
     hooked.detach()
     for name, value in vars(one).items():

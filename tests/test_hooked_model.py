@@ -28,7 +28,6 @@ from builders import (
     tiny_sae,
 )
 
-from saehook.config import MaskRule
 from saehook.editing import ReadAction, ReplaceAction
 from saehook.errors import (
     ArgumentError,
@@ -1175,9 +1174,8 @@ def test_the_same_sae_can_be_attached_again(models_by_name):
 def test_actions_read_and_replace(models_by_name):
     hooked, lm = attach(models_by_name, "llama", {SITE: tiny_sae(), "layers.0.resid_post": tiny_sae()})
     reader = ReadAction([], stop=False)
-    output = hooked.run(
-        IDS, {SITE: reader, "layers.0.resid_post": ReplaceAction(torch.full((WIDTH,), 0.5), MaskRule())}
-    )
+    half = ReplaceAction(tensor(IDS) != BOS, lambda x: torch.full_like(x, 0.5))
+    output = hooked.run(IDS, {SITE: reader, "layers.0.resid_post": half})
 
     def replace(x: torch.Tensor) -> torch.Tensor:
         x = x.clone()

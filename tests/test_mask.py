@@ -11,17 +11,17 @@ import pytest
 import reference_hooks as reference
 import torch
 import torch.nn.functional as F
-from builders import BOS, CONTEXT, EOS, PAD, SPECIAL, WIDTH, build_lm, byte_tokenizer, random_ids, tiny_sae
+from builders import BOS, CONTEXT, EOS, PAD, SPECIAL, build_lm, byte_tokenizer, random_ids, tiny_sae
 from torch import Tensor
 
 from saehook.config import BatchTopK, MaskRule, TopK, TrainConfig
 from saehook.corpus import Document
-from saehook.editing import ReplaceAction
 from saehook.errors import ArgumentError
-from saehook.evaluation import evaluate, measure_stats
+from saehook.evaluation import evaluate
 from saehook.harvest import Shuffled, TextStream, activations_of, mask_rules, without_outliers
 from saehook.hooked_model import HookedModel
 from saehook.interventions import Program, ablate, scale, steer
+from saehook.latent_stats import measure_stats
 from saehook.sae import SAE
 from saehook.tokenization import keep_mask
 from saehook.training_run import train_saes
@@ -88,12 +88,6 @@ def test_tokens_outside_the_mask_keep_their_bits(models_by_name, name):
         for program in PROGRAMS:
             after = value_behind(model, lambda hooked=hooked, program=program: hooked(ids, **program))
             assert [i for i in range(11) if not torch.equal(after[i], x[i])] == touched, program
-        for vector in (torch.zeros(WIDTH), torch.ones(WIDTH)):
-            replace = {SITE: ReplaceAction(vector, recorded)}
-            after = value_behind(model, lambda hooked=hooked, replace=replace: hooked.run(ids, replace))
-            assert torch.equal(after[touched], vector.expand(len(touched), -1))
-            rest = [i for i in range(11) if i not in touched]
-            assert torch.equal(after[rest], x[rest])
         hooked.detach()
 
 
@@ -217,7 +211,7 @@ def test_evaluation_acts_and_counts_on_each_saes_own_mask(models_by_name):
     assert joint.tokens == int(both.sum())
     assert joint.ce_clean == pytest.approx(loss(both, {}), rel=1e-5)
     zero = loss(both, {site: inside(site, torch.zeros_like) for site in rules})
-    assert joint.ce_zero != pytest.approx(zero, rel=1e-3), "of a changed model the later rule sees other norms"
+    assert joint.ce_zero == pytest.approx(zero, rel=1e-5), "the masks are those of the clean run, whatever an edit does"
     for site, rule in rules.items():
         assert result.provenance["saes"][site]["mask_rule"] == str(rule)
         assert f"tokens that count at {site}: {rule}" in result.table()

@@ -28,7 +28,8 @@ from saehook.config import (
 )
 from saehook.errors import ArgumentError
 from saehook.methods import GatedMethod, MatryoshkaMethod, make_method, warm
-from saehook.trainer import Run, Trainer
+from saehook.sae_run import SAERun
+from saehook.trainer import Trainer
 
 D_SAE = 64
 FRACTIONS = (0.25, 0.25, 0.5)
@@ -284,9 +285,9 @@ def test_relu_shrinks_and_topk_does_not():
     assert gamma[1] == pytest.approx(1, abs=0.02)
 
 
-def run_of(activation: Method, **changes: Any) -> tuple[Run, Tensor]:
+def run_of(activation: Method, **changes: Any) -> tuple[SAERun, Tensor]:
     x = planted(4096)[0]
-    return Run(config(activation, **changes), "name", InputFacts.measure(x, SITE)), x
+    return SAERun(config(activation, **changes), "name", InputFacts.measure(x, SITE)), x
 
 
 def test_free_decoder_norms_are_folded():

@@ -26,7 +26,8 @@ from saehook.config import (
 from saehook.metrics import Reconstruction
 from saehook.optim import DecoderConstrainedAdam
 from saehook.sae import SAE
-from saehook.trainer import Run, Trainer
+from saehook.sae_run import SAERun
+from saehook.trainer import Trainer
 
 D_SAE, BATCH = 64, 128
 METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
@@ -47,10 +48,10 @@ def config(name: str, **changes: Any) -> TrainConfig:
     return TrainConfig(site=SITE, activation=activation, **settings | own | changes)
 
 
-def run_of(name: str, **changes: Any) -> tuple[Run, tuple[Tensor, ...]]:
+def run_of(name: str, **changes: Any) -> tuple[SAERun, tuple[Tensor, ...]]:
     """A run and its batches."""
     x = planted(16 * BATCH)[0]
-    return Run(config(name, **changes), name, InputFacts.measure(x, SITE)), x.split(BATCH)
+    return SAERun(config(name, **changes), name, InputFacts.measure(x, SITE)), x.split(BATCH)
 
 
 # --- the start --------------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def test_the_tokens_that_set_the_scale_are_trained_on():
     x = planted(6 * BATCH)[0]
     settings = config("topk", tokens=4 * BATCH)
     (sae,) = Trainer([settings], iter([x]), d_in=D_IN, progress=False).fit()
-    run = Run(settings, "by hand", InputFacts.measure(x, SITE))
+    run = SAERun(settings, "by hand", InputFacts.measure(x, SITE))
     for batch in x.split(BATCH)[:4]:
         run.step({SITE: batch})
     assert torch.equal(sae.W_dec, run.finish().W_dec)

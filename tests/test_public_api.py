@@ -34,6 +34,16 @@ def test_nothing_heavy_is_loaded(code):
     assert not [name for name in HEAVY if name in loaded]
 
 
+@pytest.mark.parametrize(
+    ("code", "most"), [("import saehook", 60), ("import saehook.cli as c; c._parser().format_help()", 160)]
+)
+def test_few_modules_are_loaded(code, most):
+    """Counted, since seconds say more about the machine; torch alone loads more than a thousand."""
+    count = "len(sys.modules)"
+    found = in_a_new_process(f"import sys; before = {count}; {code}; print({count} - before)")
+    assert int(found) <= most
+
+
 def test_help_is_quick():
     start = time.perf_counter()
     assert "COMMAND" in in_a_new_process("from saehook.cli import _parser; print(_parser().format_help())")

@@ -21,7 +21,7 @@ from saehook.checkpoint import load_sae, save_sae
 from saehook.config import BatchTopK, TopK, TrainConfig
 from saehook.corpus import Document
 from saehook.errors import FileError
-from saehook.evaluation import EvalResult
+from saehook.eval_result import EvalResult
 from saehook.hooked_model import HookedModel
 from saehook.reports import CHARTS, write_report
 from saehook.sae import LatentStats
@@ -203,10 +203,11 @@ def test_heading_evaluation_and_settings(trained):
     }
     result = EvalResult.from_json((trained / "eval.json").read_text())
     _, table, *settings = page.tables()
-    assert table[0] == ["sae, site", *(name.replace("_", " ") for name in list(vars(result.results[0]))[2:])]
+    names = list(result.results[0].numbers())[2:]
+    assert table[0] == ["sae, site", *(name.replace("_", " ") for name in names)]
     for row, cells in zip(result.results, table[1:], strict=True):
         assert set(cells[0].split("|")) == {row.sae, row.site}
-        said = dict(zip(list(vars(row))[2:], cells[1:], strict=True))
+        said = dict(zip(names, cells[1:], strict=True))
         assert said["tokens"] == f"{row.tokens:,}"
         assert said["ce_clean"] == f"{row.ce_clean:.3f}"
         assert said["dead_share"].endswith("\xa0%")

@@ -410,10 +410,10 @@ def test_a_full_disk_pauses_the_run(corpus, finished, tmp_path):
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
     """/dev/full refuses every write; a checkpoint that cannot be written leaves no part of itself."""
-    from saehook.trainer import _append
+    from saehook.metrics_log import append
 
     full = tmp_path / "metrics.jsonl"
     full.symlink_to("/dev/full")
     with pytest.raises(FileError) as error, warnings.catch_warnings():
-        _append(full, "line\n")
+        append(full, "line\n")
     assert error.value.errno == errno.ENOSPC

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import reference_hooks as reference
 import torch
-from builders import ARCHITECTURES, CONTEXT, LAYERS, build_lm, byte_tokenizer, identity_sae, random_ids, tiny_sae
+from builders import ARCHITECTURES, BOS, CONTEXT, LAYERS, build_lm, byte_tokenizer, identity_sae, random_ids, tiny_sae
 
-from saehook.config import MaskRule
 from saehook.editing import ReplaceAction
 from saehook.errors import ShapeError, SiteError
 from saehook.hooked_model import HookedModel
@@ -133,7 +132,8 @@ def test_replacing_a_site_equals_a_plain_hook(models_by_name, name):
 
         with torch.no_grad(), reference.written(lm, site.name, write):
             expected = lm(BATCH, use_cache=False).logits
-        logits = hooked.run(IDS, {site.name: ReplaceAction(vector, MaskRule())}).logits
+        put = ReplaceAction(BATCH != BOS, lambda x, vector=vector: vector.expand_as(x))
+        logits = hooked.run(IDS, {site.name: put}).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=3e-5, msg=lambda m, k=kind: f"{k}: {m}")
         hooked.detach()
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saehook.batches import InputFacts
 from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, Method, MultiTopK, ReLU, TopK, TrainConfig
 from saehook.kernels import Scratch
-from saehook.trainer import Run
+from saehook.sae_run import SAERun
 
 METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
     "topk": (TopK(k=3), {"dead_after_tokens": 300}),
@@ -70,11 +70,11 @@ def _is_mask(indices: object) -> bool:
     )
 
 
-def run_of(name: str) -> tuple[Run, list[Tensor]]:
+def run_of(name: str) -> tuple[SAERun, list[Tensor]]:
     method, settings = METHODS[name]
     x = planted(6000)[0]
     config = TrainConfig(site=SITE, activation=method, d_sae=128, tokens=6000, batch_tokens=100, lr=3e-3, **settings)
-    run = Run(config, name, InputFacts.measure(x, SITE))
+    run = SAERun(config, name, InputFacts.measure(x, SITE))
     run.sae.b_enc.data[:10] -= 5  # these never fire
     return run, list(x.split(100))
 
@@ -112,7 +112,7 @@ def test_the_recorder_sees_what_waits():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_waits_for_nothing(monkeypatch, name):
     monkeypatch.setattr("saehook.kernels.device.ALWAYS_QUEUED", True)
-    monkeypatch.setattr("saehook.trainer.DEVICE_REFRESH_STEPS", 5)
+    monkeypatch.setattr("saehook.sae_run.DEVICE_REFRESH_STEPS", 5)
     run, batches = run_of(name)
     scratch = Scratch()
     for batch in batches[:6]:  # now optimiser and buffers are there, and dead latents
@@ -134,7 +134,7 @@ def test_both_kinds_of_device_train_the_same(monkeypatch, name):
     results = []
     for always in (False, True):
         monkeypatch.setattr("saehook.kernels.device.ALWAYS_QUEUED", always)
-        monkeypatch.setattr("saehook.trainer.DEVICE_REFRESH_STEPS", 1)
+        monkeypatch.setattr("saehook.sae_run.DEVICE_REFRESH_STEPS", 1)
         run, batches = run_of(name)
         for batch in batches[:12]:
             run.step({SITE: batch}, Scratch())

@@ -19,7 +19,8 @@ from saehook.config import BatchTopK, SAEConfig, TopK, TrainConfig
 from saehook.errors import ArgumentError, ShapeError, TrainingError
 from saehook.metrics import Firing, Reconstruction
 from saehook.sae import QUANTILE_LEVELS, SAE
-from saehook.trainer import Run, Trainer
+from saehook.sae_run import SAERun
+from saehook.trainer import Trainer
 
 D_SAE = 96
 LONG, FRESH = 120_000, 20_000
@@ -132,7 +133,7 @@ def test_scale_is_folded():
     x = planted(2048)[0]
     facts = InputFacts.measure(x, SITE)
     assert float((x * facts.scale).square().sum(-1).mean()) == pytest.approx(1, rel=1e-5)
-    run = Run(config(), "name", facts)
+    run = SAERun(config(), "name", facts)
     for batch in x.split(256):
         run.step({SITE: batch})
     with torch.no_grad():
@@ -149,7 +150,7 @@ def test_scale_is_folded():
 
 def test_start():
     x = planted(2048)[0]
-    run = Run(config(seed=3), "name", InputFacts.measure(x, SITE))
+    run = SAERun(config(seed=3), "name", InputFacts.measure(x, SITE))
     expected = SAE(run.sae.config, generator=torch.Generator().manual_seed(3))
     assert torch.equal(run.sae.W_dec, expected.W_dec)
     assert torch.equal(run.sae.W_enc, expected.W_dec.T)
@@ -168,7 +169,7 @@ def test_geometric_median():
 
 def test_dead_latents_are_counted_in_tokens():
     x = planted(2048)[0]
-    run = Run(config(TopK(k=3), dead_after_tokens=600), "name", InputFacts.measure(x, SITE))
+    run = SAERun(config(TopK(k=3), dead_after_tokens=600), "name", InputFacts.measure(x, SITE))
     run.sae.b_enc.data[:5] = -100  # these never fire
     run.sae.b_enc.data[5] = 100  # this one always does
     for i, batch in enumerate(x.split(256)[:4]):
@@ -183,8 +184,8 @@ def test_dead_latents_are_counted_in_tokens():
 def test_the_file_says_which_latents_were_silent_in_the_end(monkeypatch):
     """On at least so many tokens, in whole steps; on all where there were fewer."""
     for wanted, tokens, silent in ((1_000_000, 1024, 5), (1024, 1024, 5), (600, 768, 8), (256, 256, 8)):
-        monkeypatch.setattr("saehook.trainer.DEAD_TOKENS", wanted)
-        run = Run(config(TopK(k=3)), "name", InputFacts.measure(planted(2048)[0], SITE))
+        monkeypatch.setattr("saehook.sae_run.DEAD_TOKENS", wanted)
+        run = SAERun(config(TopK(k=3)), "name", InputFacts.measure(planted(2048)[0], SITE))
         run.steps = 4
         run.tokens_since_fired[:8] = torch.tensor([1024] * 5 + [768] * 3)
         assert run.finish().metadata["dead_at_the_end"] == {"tokens": tokens, "share": silent / D_SAE}
@@ -194,7 +195,7 @@ def test_dead_latents_come_back():
     x = planted(20_000)[0]
     facts = InputFacts.measure(x, SITE)
     runs = [
-        Run(config(TopK(k=3), lr=1e-2, dead_after_tokens=1000, tokens=20_000, auxk_coefficient=c), "n", facts)
+        SAERun(config(TopK(k=3), lr=1e-2, dead_after_tokens=1000, tokens=20_000, auxk_coefficient=c), "n", facts)
         for c in (0.0, 1 / 32)
     ]
     for run in runs:
@@ -207,7 +208,7 @@ def test_dead_latents_come_back():
 
 def test_running_mean_of_the_threshold():
     x = planted(1024)[0]
-    run = Run(config(threshold_beta=0.5), "name", InputFacts.measure(x, SITE))
+    run = SAERun(config(threshold_beta=0.5), "name", InputFacts.measure(x, SITE))
     expected = None
     for i, batch in enumerate(x.split(256)):
         with torch.no_grad():

@@ -32,7 +32,8 @@ from saehook.errors import ArgumentError, ShapeError, SiteError
 from saehook.evaluation import evaluate
 from saehook.metrics import Reconstruction
 from saehook.sae import SAE
-from saehook.trainer import Run, Trainer
+from saehook.sae_run import SAERun
+from saehook.trainer import Trainer
 
 IN, OUT = "layers.0.mlp_in", "layers.0.mlp_out"
 D_OUT, D_SAE = 16, 64
@@ -97,7 +98,7 @@ def test_every_method_trains_a_transcoder(activation, settings):
 def test_a_transcoder_of_raw_activations_is_that_of_scaled_ones():
     data = pairs(600)
     facts = {site: InputFacts.measure(x, site) for site, x in data.items()}
-    run = Run(config(TopK(k=4), skip=True), "name", facts[IN], facts[OUT])
+    run = SAERun(config(TopK(k=4), skip=True), "name", facts[IN], facts[OUT])
     draw = torch.Generator().manual_seed(1)
     for parameter in run.method.parameters.values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
@@ -176,7 +177,7 @@ def test_training_starts_from_the_very_function_of_an_sae(activation, settings, 
     data = pairs(500)
     facts = {site: InputFacts.measure(x, site) for site, x in data.items()}
     where = {"site_out": OUT, "skip": True} if transcoder else {"site_out": None}
-    run = Run(config(activation, **settings, **where), "name", facts[IN], facts[OUT] if transcoder else None)
+    run = SAERun(config(activation, **settings, **where), "name", facts[IN], facts[OUT] if transcoder else None)
     run.start_from(start)
     run.optimizer.taken = run.steps = 1
     finished = run.finish()
@@ -192,7 +193,7 @@ def test_further_training_begins_where_the_first_ended(tmp_path):
     def batches(seed: int):
         return (planted(2048, seed + i)[0] for i in range(18))
 
-    def train(tokens: int, **changes: Any) -> tuple[SAE, list[Run]]:
+    def train(tokens: int, **changes: Any) -> tuple[SAE, list[SAERun]]:
         one = config(TopK(k=3), site_out=None, tokens=tokens, **changes)
         trainer = Trainer([one], batches(tokens), d_in=D_IN, progress=False, log_dir=tmp_path / f"{tokens}")
         return trainer.fit()[0], trainer.runs

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from saehook.hooked_model import HookedModel
     from saehook.hooked_saes import HookedSAEs
     from saehook.program_file import ProgramFile
+    from saehook.sae import SAE
     from saehook.tokenization import Windows
 
+CONFIG = "cfg.json"
+"""What makes a folder an SAE; `checkpoint.CONFIG`, which would load torch."""
 TEXT_HELP = """text files, .jsonl (one {"text": ...} a line), folders of them, or one Hugging Face dataset, streamed:
 hf:NAME[,config=..][,split=train][,column=text][,skip=N][,take=N][,revision=..], NAME on the hub or a folder
 """
@@ -74,21 +77,32 @@ def sae_folders(arguments: argparse.Namespace) -> list[Path]:
 
 
 def attach(arguments: argparse.Namespace) -> tuple[HookedSAEs, dict[str, Path]]:
-    """The model with the SAEs attached, and the folder of each by site."""
+    """The model with the SAEs attached, and the folder of each by its name there; several may have one site."""
     from saehook.checkpoint import load_sae
 
     model = load_lm(arguments)
-    saes, folders = {}, {}
-    for folder in sae_folders(arguments):
+    by_site: dict[str, list[tuple[SAE, Path]]] = {}
+    for folder in _only_saes(sae_folders(arguments)):
         sae = load_sae(folder)
         if sae.site is None:
             raise ArgumentError(
                 f"{folder} does not say which site it belongs to; attach it in Python with the site's name."
             )
-        if sae.site in saes:
-            raise ArgumentError(f"{folders[sae.site]} and {folder} are both for {sae.site}. Give one SAE per site.")
-        saes[sae.site], folders[sae.site] = sae, folder
-    return model.attach(saes), folders
+        by_site.setdefault(sae.site, []).append((sae, folder))
+    hooked = model.attach({site: [sae for sae, _ in found] for site, found in by_site.items()})
+    folders = [folder for found in by_site.values() for _, folder in found]
+    return hooked, dict(zip(hooked.sites, folders, strict=True))
+
+
+def _only_saes(folders: list[Path]) -> list[Path]:
+    """Without what else stands beside SAEs in the folder of a run, so that `runs/a/*` means its SAEs."""
+    parents = {folder.parent for folder in folders if (folder / CONFIG).is_file()}
+    beside = [
+        folder for folder in folders if folder.parent in parents and folder.exists() and not (folder / CONFIG).is_file()
+    ]
+    if beside:
+        print(f"note: left out {', '.join(map(str, beside))}: no SAEs.", file=sys.stderr)
+    return [folder for folder in folders if folder not in beside]
 
 
 def hooked_for(file: ProgramFile, lm: str | None, saes: list[str] | None) -> HookedSAEs:

@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from saehook import corpus
     from saehook.checkpoint import save_sae, stored_dtype
-    from saehook.evaluation import measure_stats
+    from saehook.latent_stats import measure_stats
     from saehook.tokenization import window_size, windows
 
     hooked, folders = attach(arguments)

@@ -79,6 +79,7 @@ def read_sae(
     revision: str | None = None,
     rows: Iterable[int] | None = None,
     known: Mapping[str, Any] | None = None,
+    check: bool = True,
 ) -> tuple[Found, dict[str, Tensor]]:
     """What `identify` finds, and the tensors: `W_enc` [d_in, d_sae], `W_dec` [d_sae, d_out], `b_enc`, `b_dec`, maybe `threshold`
     and `W_skip`. They are maps of the file as long as nothing had to be computed.
@@ -86,6 +87,7 @@ def read_sae(
     Args:
         rows: only these rows of the decoder; the other tensors are of the device `meta` then.
         known: what the file may not say: `k`, `input_scale`.
+        check: look at all numbers; without it matrices stay in the file unread.
 
     Raises:
         ArgumentError: rows that are no whole numbers. FileError, FormatError: as `identify`; also NaN, a transposed matrix.
@@ -94,9 +96,13 @@ def read_sae(
     files, format = _open(local_path(path, sub, revision), {"rows": rows, "known": known})
     contents = _read(files, format)
     check_shapes(contents.config, contents.tensors, files.path, None if rows is None else len(rows))
-    check_numbers(contents.tensors, files.path)
+    check_numbers(contents.tensors if check else _small(contents.tensors), files.path)
     dtype = next(v.dtype for v in files.entries.values() if isinstance(v, Tensor) and v.ndim == 2)
     return _found(files, contents, dtype), contents.tensors
+
+
+def _small(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.ndim < 2}
 
 
 def _row(value: Any) -> int:

@@ -70,8 +70,8 @@ def check_numbers(tensors: dict[str, Tensor], path: Path) -> None:
         parts = tensor.split(step) if tensor.ndim else (tensor,)
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise FormatError(f"{path}: {name} holds NaN or infinity; the file is damaged.")
-    W_dec = tensors["W_dec"]
-    if not W_dec.is_meta and W_dec.shape[0] == W_dec.shape[1] > 1:
+    W_dec = tensors.get("W_dec")
+    if W_dec is not None and not W_dec.is_meta and W_dec.shape[0] == W_dec.shape[1] > 1:
         rows, columns = (torch.linalg.vector_norm(W_dec.float(), dim=dim) for dim in (1, 0))
         if (columns - 1).abs().max() < 1e-3 and (rows - 1).abs().max() > 1e-2:
             raise FormatError(

@@ -3,7 +3,8 @@
 Where k latents a token are kept the choice is made from the sizes: sums over the selected pairs cost k / d_sae of a dense
 product each, but run slower per operation, so the sparse version is taken where d_sae >= 8 k. Where a penalty decides how
 many fire it is made in each step from their number; on a GPU, where that is not to be read, the dense version is taken
-always. The environment variable SAEHOOK_KERNELS=reference, sparse or dense overrides both.
+always. At inference, `encode_topk` and `encode_above` keep only what fires, where an SAE is so wide that [tokens, d_sae]
+would fill the memory (`by_blocks`). The environment variable SAEHOOK_KERNELS=reference, sparse or dense overrides all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from saehook.kernels import dense, product, reference, sparse
+from saehook.kernels.blockwise import encode_above, encode_topk
 from saehook.kernels.device import queued
 from saehook.kernels.reference import Activated, Autoencoded, Encoded, Rule, Select
 from saehook.kernels.scratch import Scratch
@@ -32,9 +34,13 @@ __all__ = [
     "Selection",
     "autoencode",
     "batch_topk",
+    "by_blocks",
     "choose",
     "decode",
     "encode",
+    "encode_above",
+    "encode_topk",
+    "is_wide",
     "queued",
     "topk",
 ]
@@ -44,6 +50,10 @@ SPARSE_FROM = 8
 SPARSE_SHARE = 1 / 16
 """Share of the pairs up to which `autoencode` is sparse. On a CPU sums cost as much as products at 1 / 8 (measured at
 768 -> 16384 and 256 -> 4096), but with their lists and numbers each pair takes some 80 bytes."""
+
+
+WIDE_FROM = 2**18
+"""d_sae from which runs encode some latents at a time: on a prompt of 128 tokens, 128 MiB of dense float32."""
 
 
 def encode(
@@ -115,6 +125,19 @@ def choose(d_sae: int, k: int) -> str:
         return _log_once(forced, f"SAEHOOK_KERNELS={forced}")
     sign, name = (">=", "sparse") if d_sae >= SPARSE_FROM * k else ("<", "reference")
     return _log_once(name, f"d_sae / k {sign} {SPARSE_FROM}")
+
+
+def is_wide(d_sae: int) -> bool:
+    """Whether [tokens, d_sae] is not to be made for more than some tokens; never with SAEHOOK_KERNELS=reference or dense."""
+    return d_sae >= WIDE_FROM and _forced() in {"", "sparse"}
+
+
+def by_blocks(d_sae: int) -> bool:
+    """Whether runs encode some latents at a time and hold only what fires; the reason goes to the log, once."""
+    if forced := _forced():
+        return _log_once("blockwise" if forced == "sparse" else "dense", f"SAEHOOK_KERNELS={forced}") == "blockwise"
+    sign, name = (">=", "blockwise") if is_wide(d_sae) else ("<", "dense")
+    return _log_once(name, f"d_sae {sign} {WIDE_FROM:,} at inference") == "blockwise"
 
 
 def _forced() -> str:

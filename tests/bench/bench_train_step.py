@@ -1,13 +1,14 @@
 """What a whole training step costs, in time and memory, against the encoder's product, which no method can do without.
 
-    python tests/bench/bench_train_step.py [--json out.json] [--repeats 9] [--batch 1024 4096] [--only topk relu]
+    python tests/bench/bench_train_step.py [--json out.json] [--repeats 9] [--batch 1024 4096] [--only topk relu] [--peers]
 
-A step is `Run.step`: forward, backward, dead latents, AuxK, clipping, Adam, decoder rows, metrics, by the path that the
+A step is `SAERun.step`: forward, backward, dead latents, AuxK, clipping, Adam, decoder rows, metrics, by the path that the
 trainer takes by default. The product is `F.linear` with fresh output. Both are interleaved in one process, in random order;
 ratios are medians of the paired ratios. The penalised methods are measured with about 64 latents firing per token, and with
 half of all firing ("many"), as early in training. `topk+auxk` has a tenth of its latents dead.
 `memory_over_pre_activations` is what a step holds at most above model, gradients and optimiser, in units of
-batch x d_sae x 4 bytes. On a busy machine: OMP_NUM_THREADS=1 and --cpu-time, which counts the time of the one thread.
+batch x d_sae x 4 bytes. `--peers` adds the steps of other libraries (`peers.py`), which it installs first. On a busy
+machine: OMP_NUM_THREADS=1 and --cpu-time, which counts the time of the one thread.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 import torch.nn.functional as F
 from bench_splice import peak_bytes, ratio
@@ -30,7 +32,7 @@ from torch import Tensor
 from saehook.batches import InputFacts
 from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, Method, MultiTopK, ReLU, TopK, TrainConfig
 from saehook.kernels import Scratch
-from saehook.trainer import Run
+from saehook.sae_run import SAERun
 
 SITE = "layers.0.resid_post"
 K, FIRING = 32, 64
@@ -57,8 +59,14 @@ def main() -> None:
     parser.add_argument("--d-in", type=int, default=768)
     parser.add_argument("--d-sae", type=int, default=16384)
     parser.add_argument("--batch", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument(
+        "--peers", nargs="*", choices=peers.PACKAGES, metavar="PEER", help="without a name, all of them"
+    )
+    parser.add_argument(
+        "--peers-in", type=Path, default=peers.FOLDER, help="where their environments are, or are to be"
+    )
     a = parser.parse_args()
     clock = time.thread_time if a.cpu_time else time.perf_counter
     versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine()}
@@ -69,6 +77,14 @@ def main() -> None:
             entries.append(entry | versions)
             print(f"{batch:6} {entry['what']:16} {entry['ratio_to_encoder_product']:6.2f} x the product,", end=" ")
             print(f"{entry['memory_over_pre_activations']:5.2f} x the pre-activations", flush=True)
+        if a.peers is not None:
+            names = a.peers or list(peers.PACKAGES)
+            for entry in peers.measure(names, a.peers_in, a.d_in, a.d_sae, K, batch, a.repeats):
+                entries.append(entry | versions)
+                print(f"{batch:6} {entry['what']:16} {entry['ratio_to_encoder_product']:6.2f} x the product,", end=" ")
+                print(
+                    f"{entry['ratio_to_ours']:5.2f} x ours, errors within {entry['largest_difference']:.0e}", flush=True
+                )
     if a.json:
         a.json.write_text(json.dumps(entries, indent=1) + "\n")
 
@@ -100,13 +116,13 @@ def measure(
         }
 
 
-def make_run(what: str, x: Tensor, d_sae: int) -> Run:
+def make_run(what: str, x: Tensor, d_sae: int) -> SAERun:
     """A run in the state that its name says."""
     method = CASES[what]
     target = None if hasattr(method, "k") else float(FIRING)
     config = TrainConfig(site=SITE, activation=method, d_sae=d_sae, tokens=10**9, batch_tokens=len(x), target_l0=target)
     facts = InputFacts.measure(x, SITE)
-    run = Run(config, what, facts)
+    run = SAERun(config, what, facts)
     sae = run.sae
     with torch.no_grad():
         if target is not None and "many" not in what:
@@ -123,7 +139,7 @@ def make_run(what: str, x: Tensor, d_sae: int) -> Run:
     return run
 
 
-def stepper(run: Run, x: Tensor, scratch: Scratch) -> Callable[[], None]:
+def stepper(run: SAERun, x: Tensor, scratch: Scratch) -> Callable[[], None]:
     return lambda: run.step({SITE: x}, scratch)
 
 

@@ -31,7 +31,7 @@ from saehook.batches import InputFacts, geometric_median
 from saehook.config import BatchTopK, Gated, Matryoshka, ReLU, TopK, TrainConfig
 from saehook.losses import total_variance
 from saehook.methods import make_method
-from saehook.trainer import Run
+from saehook.sae_run import SAERun
 
 FILE = Path(__file__).with_name("dictionary_learning.safetensors")
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -50,7 +50,7 @@ def batches(settings: dict[str, Any]) -> tuple[Tensor, ...]:
     return (x * (settings["mean_square"] / x.square().sum(-1).mean()).sqrt()).split(settings["batch_tokens"])
 
 
-def run_like(settings: dict[str, Any], tensors: dict[str, Tensor], name: str) -> Run:
+def run_like(settings: dict[str, Any], tensors: dict[str, Tensor], name: str) -> SAERun:
     """Ours, with the settings and the start of the recording."""
     variance = total_variance(torch.cat(batches(settings)))
     v = float(variance)
@@ -71,7 +71,7 @@ def run_like(settings: dict[str, Any], tensors: dict[str, Tensor], name: str) ->
         dead_after_tokens=settings["dead_after_tokens"],
         **({"threshold_beta": settings["threshold_beta"]} if name == "batchtopk" else {}),
     )
-    run = Run(config, name, InputFacts(1.0, tensors[f"{name}.median"], variance))
+    run = SAERun(config, name, InputFacts(1.0, tensors[f"{name}.median"], variance))
     for key in ("W_enc", "W_dec", "b_enc"):
         run.sae.get_parameter(key).data.copy_(tensors[f"{name}.start.{key}"])
     return run

@@ -1,0 +1,198 @@
+"""How much is computed and allocated, counted in operations: a fast path that is lost shows on any machine.
+
+Products are counted by torch's own counter, sums of rows and fresh memory by a dispatch mode of ours. Sizes are chosen so that
+they tell what a tensor is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from builders import LAYERS, VOCAB, WIDTH, random_ids, tiny_sae
+from torch.utils.flop_counter import FlopCounterMode
+from work_counter import Work
+
+from saehook import Program, ablate, add_vector, clamp, keep_only, latent, scale, steer
+from saehook.batches import InputFacts
+from saehook.config import BatchTopK, JumpReLU, Matryoshka, Method, MultiTopK, ReLU, TopK, TrainConfig
+from saehook.interventions import AnyEdit
+from saehook.kernels import Scratch
+from saehook.sae import SAE
+from saehook.sae_run import SAERun
+
+SITE = "layers.0.resid_post"
+TOKENS, D_IN, D_SAE, K = 96, 40, 4096, 4
+PRODUCT = 2 * TOKENS * D_IN * D_SAE
+"""Operations of the encoder's product."""
+PRE_ACTS, MATRIX = TOKENS * D_SAE, D_IN * D_SAE
+METHODS: dict[str, tuple[Method, float]] = {  # and pairs a token that are decoded
+    "topk": (TopK(k=K), K),
+    "batchtopk": (BatchTopK(k=K), K),
+    "multitopk": (MultiTopK(k=K), 5 * K),
+    "matryoshka": (Matryoshka(k=K), K),
+    "relu": (ReLU(), K),
+    "jumprelu": (JumpReLU(), K),
+}
+
+
+def counted(run: Callable[[], object]) -> tuple[int, Work]:
+    """Operations of products in one call, and the work of another."""
+    in_place = {
+        torch.ops.aten.addmm_: lambda into, a, b, **_: 2 * a[0] * a[1] * b[1]
+    }  # torch's counter does not know it
+    with FlopCounterMode(display=False, custom_mapping=in_place) as flops:
+        run()
+    with Work() as work:
+        run()
+    return flops.get_total_flops(), work
+
+
+# --- a training step -------------------------------------------------------------------------------------------------
+
+
+def stepper(name: str, firing: float = K) -> Callable[[], None]:
+    """One step of a run that has taken some, so that everything it keeps is there; penalised methods fire so often."""
+    method = METHODS[name][0]
+    x = torch.randn(TOKENS, D_IN)
+    target = None if hasattr(method, "k") else float(K)
+    config = TrainConfig(
+        site=SITE, activation=method, d_sae=D_SAE, tokens=10**9, batch_tokens=TOKENS, target_l0=target, lr=1e-6
+    )
+    facts = InputFacts.measure(x, SITE)
+    run, scratch = SAERun(config, name, facts), Scratch()
+    if target is not None:
+        with torch.no_grad():
+            pre_acts = (x * facts.scale - run.sae.b_dec) @ run.sae.W_enc
+            cut = float(pre_acts.flatten().topk(int(TOKENS * firing)).values.min())
+            if isinstance(method, JumpReLU):
+                run.method.parameters["threshold"].fill_(cut)
+            else:
+                run.sae.b_enc.sub_(cut)
+
+    def step() -> None:
+        run.step({SITE: x}, scratch)
+
+    step()
+    step()
+    assert len(run.dead) == 0
+    return step
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_only_dense_product_of_a_step_is_the_encoders(monkeypatch, name):
+    monkeypatch.delenv("SAEHOOK_KERNELS", raising=False)
+    products, work = counted(stepper(name))
+    assert products == PRODUCT
+    # Forward once, and backward once for the gradient of each matrix.
+    rows = 2 * TOKENS * METHODS[name][1] * D_IN
+    assert 2.5 * rows <= work.row_sums <= 4 * rows  # of a JumpReLU also those near the threshold
+    assert max(work.allocated) < PRE_ACTS, "pre-activations go into memory that steps share"
+    assert work.allocated[MATRIX] <= 2 * (name == "multitopk"), "gradients, too"
+
+
+@pytest.mark.parametrize("name", ["relu", "jumprelu"])
+def test_where_many_fire_a_step_has_five_products_and_no_more(monkeypatch, name):
+    monkeypatch.delenv("SAEHOOK_KERNELS", raising=False)
+    products, work = counted(stepper(name, firing=D_SAE / 2))
+    assert products == 5 * PRODUCT
+    assert work.row_sums == 0
+
+
+def test_a_lost_fast_path_would_be_seen(monkeypatch):
+    monkeypatch.setenv("SAEHOOK_KERNELS", "reference")
+    products, work = counted(stepper("topk"))
+    assert products >= 5 * PRODUCT
+    assert work.row_sums == 0
+    assert work.allocated[PRE_ACTS] > 0
+
+
+# --- a model with an SAE ---------------------------------------------------------------------------------------------
+
+IDS = random_ids(11, bos=True)
+WHERE = "layers.1.resid_post"
+D_WIDE = 4096
+ENCODER = 2 * len(IDS) * WIDTH * D_WIDE
+ACTS = len(IDS) * D_WIDE
+
+
+@pytest.fixture(scope="module")
+def hooked(models_by_name) -> Any:
+    return models_by_name("llama")[0].attach(tiny_sae(d_sae=D_WIDE, activation=TopK(k=K), site=WHERE))
+
+
+def of_the_sae(hooked: Any, program: Program) -> tuple[float, Work]:
+    """Products of a forward pass beyond the clean model's, in encoders' products, and its work."""
+    with torch.no_grad():
+        hooked.loss(IDS, program)
+        clean = counted(lambda: hooked.model.loss(IDS))[0]
+        products, work = counted(lambda: hooked.loss(IDS, program))
+    assert clean > 2 * len(IDS) * WIDTH * (VOCAB + LAYERS * WIDTH), "the model itself is counted, too"
+    return (products - clean) / ENCODER, work
+
+
+def test_idle_it_does_nothing(hooked):
+    with torch.no_grad():
+        _, work = counted(lambda: hooked.loss(IDS))
+        _, clean = counted(lambda: hooked.model.loss(IDS))
+    assert work.operations == clean.operations
+    assert work.allocated == clean.allocated
+
+
+@pytest.mark.parametrize(
+    "edit", [steer(3, 2.0), steer([3, 8], 0.1, unit="norm"), add_vector([1.0] * WIDTH, 2.0, site=WHERE)]
+)
+def test_an_unconditional_addition_encodes_nothing(hooked, monkeypatch, edit):
+    monkeypatch.setattr(SAE, "encode", None)  # a call would fail
+    products, work = of_the_sae(hooked, Program(edits=[edit]))
+    assert products < 0.01  # its rows times its amounts
+    assert max(work.allocated) < ACTS / 4
+
+
+EDITS: dict[str, Callable[[int], AnyEdit]] = {  # of a latent that fires, so that each does something
+    "clamp": lambda i: clamp(i, 1.0),
+    "ablate": lambda i: ablate([i, (i + 1) % D_WIDE]),
+    "scale": lambda i: scale(i, 2.0),
+    "active only": lambda i: steer(i, 1.0, active_only=True),
+    "condition": lambda i: steer(i, 1.0, when=latent(i) > 0),
+}
+
+
+@pytest.fixture(scope="module")
+def firing(hooked) -> int:
+    return hooked.latents(IDS).top(1)[0].latent
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_with_the_error_kept_encodes_once_and_decodes_nothing(hooked, firing, name):
+    program = Program(edits=[EDITS[name](firing), clamp((firing + 2) % D_WIDE, 1.0)])
+    products, work = of_the_sae(hooked, program)
+    assert 1 <= products < 1.01
+    assert work.operations["topk"] == 1
+    assert work.allocated[WIDTH * D_WIDE] == 0, "no copy of a matrix"
+
+
+@pytest.mark.parametrize("name", ["splice", "drop", "keep_only"])
+def test_a_splice_encodes_once_and_decodes_once(hooked, firing, name):
+    programs = {
+        "splice": Program(splice=True),
+        "drop": Program(edits=[ablate(firing)], error="drop"),
+        "keep_only": Program(edits=[keep_only([firing])]),
+    }
+    products, work = of_the_sae(hooked, programs[name])
+    assert 2 <= products < 2.01
+    assert work.allocated[WIDTH * D_WIDE] == 0
+
+
+def test_a_wide_sae_has_the_same_product_and_no_dense_decoding(hooked, monkeypatch):
+    monkeypatch.setattr("saehook.kernels.WIDE_FROM", D_WIDE)
+    monkeypatch.setattr("saehook.kernels.blockwise.LATENTS_AT_ONCE", 512)
+    for program, decoded in ((Program(edits=[clamp(3, 1.0)]), 0), (Program(splice=True), 1)):
+        products, work = of_the_sae(hooked, program)
+        assert 1 <= products < 1.01
+        assert work.operations["topk"] == 2 * D_WIDE / 512
+        assert max(work.allocated) < ACTS / 4
+        assert (work.row_sums > 0) == bool(decoded)
+        assert work.row_sums <= 2 * K * len(IDS) * WIDTH

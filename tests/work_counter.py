@@ -1,0 +1,35 @@
+"""Counts what a run does: operations, sums of rows, fresh memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Work(TorchDispatchMode):
+    """Within `with Work() as work:` every operation is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.row_sums = 0
+        """Multiplications and additions in sums of rows."""
+        self.allocated: Counter[int] = Counter()
+        """Fresh float tensors by number of entries; neither views, nor what is written into tensors that were given."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **kwargs)
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        self.operations[name] += 1
+        if name.startswith("_embedding_bag") and "backward" not in name:
+            self.row_sums += 2 * args[1].numel() * args[0].shape[1]
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.is_floating_point() and x.untyped_storage().data_ptr() not in given:
+                self.allocated[x.numel()] += 1
+        return result
