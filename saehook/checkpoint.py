@@ -45,6 +45,7 @@ from saehook.formats import Found, read_sae, saelens
 from saehook.formats.folder import MAX_CONFIG_BYTES as MAX_CONFIG_BYTES
 from saehook.formats.folder import read_json
 from saehook.sae import QUANTILE_LEVELS, SAE, LatentStats
+from saehook.site_spellings import transformerlens_name
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
         "training_architecture": activation_to_dict(activation)["name"],
         "hf_hook_name": sae.site,
         **({"hf_hook_name_out": sae.site_out} if sae.is_transcoder else {}),
+        **{key: name for key, name in _hooks(sae).items() if name is not None},
         "saehook": {
             "schema": SCHEMA,
             "activation": activation_to_dict(activation),
@@ -157,6 +159,12 @@ def _architecture(config: SAEConfig) -> str:
     if found is None:
         raise ArgumentError(f"a transcoder with {config.activation} has no name in the layout of SAELens.")
     return found
+
+
+def _hooks(sae: SAE) -> dict[str, str | None]:
+    """TransformerLens' names of the sites, by which SAELens attaches."""
+    out = {"hook_name_out": transformerlens_name(sae.site_out)} if sae.is_transcoder else {}
+    return {"hook_name": transformerlens_name(sae.site), **out}
 
 
 def _normalize(config: SAEConfig) -> str:
@@ -295,6 +303,7 @@ def _own_metadata(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
     if ours.get("schema", SCHEMA) != SCHEMA:
         raise FormatError(f"{path} has schema {ours['schema']!r}; this version reads {SCHEMA}. Update saehook.")
     known = {"saehook", "sae_lens_version", "training_architecture", "hf_hook_name", "hf_hook_name_out"}
+    known |= {"hook_name", "hook_name_out"} if ours else set()
     return ours, {key: value for key, value in metadata.items() if key not in known}
 
 

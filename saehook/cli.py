@@ -1,4 +1,5 @@
-"""`saehook demo | eval | report | train | generate | replay | export | stats | sites | plan`; one file of `commands/` each.
+"""`saehook demo | eval | report | train | generate | replay | export | stats | sites | plan | info | convert | push`: one file
+of `commands/` each.
 
 Every command works on the bundled files without further arguments. Heavy packages are imported by the command that needs
 them, so `saehook --help` is instant.
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 
 from saehook.errors import SaehookError, TrainingInterrupted
 
-COMMANDS = ["demo", "eval", "report", "train", "generate", "replay", "export", "stats", "sites", "plan"]
+COMMANDS = "demo eval report train generate replay export stats sites plan info convert push".split()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -177,11 +177,12 @@ def _check_overflow(plan: EditPlan, lm: Any, tokenizer: Any) -> None:
             continue
         row, token, token_id = place
         what = "; ".join(str(p.edit) for p in action.edits) or "the splice"
+        piece = "" if tokenizer is None else f" ({tokenizer.decode([token_id])!r})"
         half = lm.dtype in (torch.float16, torch.bfloat16)
         more = ", or load the model with dtype=torch.float32" if half else ""
         raise ArgumentError(
             f"{what} at {site} gave a {'value that' if half else 'vector whose length'} {lm.dtype} cannot hold, first at token "
-            f"{token} ({tokenizer.decode([token_id])!r}) of row {row}. Use smaller amounts, or a program with "
+            f"{token}{piece} of row {row}. Use smaller amounts, or a program with "
             f"norm={{'cap': 1.0}}{more}."
         )
 

@@ -97,6 +97,7 @@ def evaluate(
             or whose loss changes when x takes the place of x; a loss that is nowhere finite.
         SiteError: a fingerprint that does not fit.
     """
+    hooked.check_causal("loss to evaluate SAEs by")
     ids = tokens.ids if isinstance(tokens, Windows) else tokens
     if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
         raise ArgumentError(

@@ -27,6 +27,7 @@ from saehook.corpus import Document, text_hash
 from saehook.dataset_text import DatasetText
 from saehook.errors import ArgumentError
 from saehook.hooked_model import HookedModel
+from saehook.images import image_batch, takes_text
 from saehook.tokenization import WindowCutter, is_outlier, keep_mask, special_ids
 
 TOKENS_PER_FORWARD = 4096
@@ -172,20 +173,26 @@ def activations_of(
 ) -> Iterator[dict[str, Tensor]]:
     """Per forward pass, the activations of the tokens that count: `{site: [n, width]}`, in the order of the text.
 
+    `windows` are ids [window] of one length; of a vision model, images [channels, height, width], of which every token counts.
     Outliers are among them (`without_outliers`): which tokens there are depends on ids only, not on the sites.
     """
     special = special_ids(model.tokenizer)
     first = next(windows, None)
     if first is None:
         return
-    rows = max(1, TOKENS_PER_FORWARD // len(first))
+    rows = max(1, TOKENS_PER_FORWARD // _ids(model, first).shape[-1])
     head = [first]
     while batch := head + list(islice(windows, rows - len(head))):
         head = []
-        ids = torch.stack(batch)
-        mask = keep_mask(ids, None, special, skip_first_tokens)
-        values = model.activations(ids, sites)
+        given = torch.stack(batch)
+        mask = keep_mask(_ids(model, given), None, special, skip_first_tokens)
+        values = model.activations(given, sites)
         yield {site: x[mask.to(x.device)] for site, x in values.items()}
+
+
+def _ids(model: HookedModel, x: Tensor) -> Tensor:
+    """Windows of ids as they are; of images, the ids that stand for their tokens."""
+    return x if takes_text(model.lm) else image_batch(model.lm, x, model.device).ids
 
 
 def mask_rules(

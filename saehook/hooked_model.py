@@ -13,6 +13,7 @@ import copy
 import importlib.util
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def _load_anyio_backend() -> None:
 
 _load_anyio_backend()
 
-from nnsight import TransformersModel  # noqa: E402
+from nnsight import NNsight, TransformersModel  # noqa: E402
 from nnsight.intervention.batching import Batcher  # noqa: E402
 from nnsight.intervention.envoy import Envoy  # noqa: E402
 from nnsight.intervention.interleaver import OutOfOrderError  # noqa: E402
@@ -66,6 +67,7 @@ from saehook.errors import (  # noqa: E402
     SiteNotExecutedError,
 )
 from saehook.hooked_saes import HookedSAEs  # noqa: E402
+from saehook.images import takes_text  # noqa: E402
 from saehook.interventions import Edit, Program  # noqa: E402
 from saehook.positions import Positions, TokenView  # noqa: E402
 from saehook.prefix import Follower  # noqa: E402
@@ -128,6 +130,35 @@ class _Model(TransformersModel):
 
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         return super().trace(*inputs, **{"tracer_cls": _LockedTracer, **kwargs})
+
+
+class _TextlessModel(NNsight):
+    """The same for a model that takes no text."""
+
+    def trace(self, *inputs: Any, **kwargs: Any) -> Any:
+        return super().trace(*inputs, **{"tracer_cls": _LockedTracer, **kwargs})
+
+
+def _wrapped(lm: Any, tokenizer: Any, device: Callable[[], Any]) -> Any:
+    """nnsight's view of a model."""
+    with warnings.catch_warnings():
+        # A module named `output`, as in BERT, is `E_output` on nnsight's envoys; sites name it by its path.
+        warnings.filterwarnings("ignore", message=".*which nnsight already serves on every module")
+        if tokenizer is None:
+            return _TextlessModel(lm)
+        task = "text-generation" if lm.can_generate() else "feature-extraction"
+        # nnsight sets the padding side and token of the tokenizer it gets.
+        tokenizer = copy.deepcopy(tokenizer)
+        places = getattr(lm, "hf_device_map", None)
+        if not places:
+            # Without a device nnsight would move the model to the first accelerator.
+            return _Model(lm, task=task, tokenizer=tokenizer, device=device())
+        try:
+            # The pipeline that nnsight makes takes the first of these for a torch device, which "disk" is not.
+            lm.hf_device_map = {"": device()}
+            return _Model(lm, task=task, tokenizer=tokenizer)
+        finally:
+            lm.hf_device_map = places
 
 
 class _Identity(nn.Module):
@@ -208,7 +239,7 @@ class _Taps:
 
     def __init__(
         self,
-        model: TransformersModel,
+        model: Any,
         sites: Sequence[Site],
         attached: Mapping[str, Attached],
         lock: Any,
@@ -295,11 +326,13 @@ class _Taps:
             for point in self.points.values():
                 point.changes = None  # of a pass that was stopped
             return
+        if ids is None:  # images, or embeddings: what stands for the ids is known already
+            ids = self.positions.ids
         past = kwargs.get("past_key_values")
         # int() at once: a static cache returns a tensor that it goes on changing.
         self.view = self.positions.view(0 if past is None else int(past.get_seq_length()), ids)
 
-    def _with_positions(self, model: TransformersModel) -> TransformersModel:
+    def _with_positions(self, model: Any) -> Any:
         begin = self._begin_pass
         with model.edit() as (tracer, edited):
             steps = tracer.iter[:]
@@ -312,7 +345,7 @@ class _Taps:
         return edited
 
     @staticmethod
-    def _with_tap(model: TransformersModel, parent: Envoy, envoy: Envoy, site: Site) -> TransformersModel:
+    def _with_tap(model: Any, parent: Envoy, envoy: Envoy, site: Site) -> Any:
         visit = _write_input if site.side == "input" else _write_output
         with model.edit() as (tracer, edited):
             steps = tracer.iter[:]
@@ -461,12 +494,31 @@ def _write_input(parent: Any, envoy: Envoy, site: Site) -> None:
         x.copy_(new)
 
 
+_WHERE = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+"""Arguments of `from_pretrained` that config and tokenizer take like the model."""
+
+
+def model_class(name: str, config: Any = None, **where: Any) -> Any:
+    """What loads the model: `AutoModelForCausalLM`, or the class that the config names where that one generates no text.
+
+    An encoder, a classifier or a model without head would get a random language-model head otherwise.
+    """
+    import transformers
+
+    config = config or transformers.AutoConfig.from_pretrained(name, **where)
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if named is not None and not named.can_generate():
+        return named
+    return transformers.AutoModelForCausalLM
+
+
 class HookedModel(Runs):
     """A Hugging Face language model whose sites can be read and written. It stays clean: SAEs go on a copy."""
 
     def __init__(self, lm: Any, tokenizer: Any, *, model_id: str | None = None) -> None:
-        """`lm` and `tokenizer`: loaded Hugging Face objects; neither is changed. See `from_pretrained`."""
-        if tokenizer is None:
+        """`lm` and `tokenizer`: loaded Hugging Face objects; neither is changed. A model that takes images has no tokenizer.
+        See `from_pretrained`."""
+        if tokenizer is None and takes_text(lm):
             raise ArgumentError("a loaded model needs its tokenizer, too: HookedModel.from_pretrained(lm, tokenizer).")
         if not getattr(lm, "can_generate", lambda: True)():
             raise ArgumentError(
@@ -476,14 +528,10 @@ class HookedModel(Runs):
         self.lm = lm.eval()
         self.tokenizer = tokenizer
         self.model_id = model_id or getattr(lm.config, "name_or_path", None) or type(lm).__name__
-        self._vocab_size = lm.get_input_embeddings().num_embeddings
+        self._vocab_size = lm.get_input_embeddings().num_embeddings if takes_text(lm) else 0
         self._lock = lock_of(lm)
-        # Without a device nnsight would move the model to the first accelerator.
-        place = {} if getattr(lm, "hf_device_map", None) else {"device": self.device}
         with self._lock:
-            # nnsight sets the padding side and token of the tokenizer it gets.
-            copied = copy.deepcopy(tokenizer)
-            self._nnsight = _Model(lm, task="text-generation", tokenizer=copied, **place)
+            self._nnsight = _wrapped(lm, tokenizer, lambda: self.device)
         self._taps: dict[tuple[str, ...], _Taps] = {}
 
     @classmethod
@@ -499,16 +547,17 @@ class HookedModel(Runs):
         """Load a language model.
 
         Args:
-            lm: a hub id, a path, or a loaded Hugging Face model (then with its tokenizer).
+            lm: a hub id, a path, or a loaded Hugging Face model (then with its tokenizer). Encoders such as BERT and vision
+                models such as ViT are loaded as what their config says that they are.
             tokenizer: a hub id, a path or a tokenizer; None: the model's own.
             device: None: an accelerator if there is one. Not together with `device_map=`.
             dtype: a torch.dtype, or `auto`; None: float32 on the CPU, where half precision is slow, else the file's.
-            hf_arguments: handed to `AutoModelForCausalLM.from_pretrained`; no remote code is trusted unless asked for.
+            hf_arguments: handed to the model's `from_pretrained`; no remote code is trusted unless asked for.
 
         Raises:
             FormatError: a folder that holds no model.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         if isinstance(tokenizer, (str, Path)):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -525,10 +574,15 @@ class HookedModel(Runs):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:
             dtype = torch.float32 if device is not None and torch.device(device).type == "cpu" else "auto"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hf_arguments)
+        where = {key: value for key, value in hf_arguments.items() if key in _WHERE}
+        loaded: Any = model_class(name, hf_arguments.get("config"), **where).from_pretrained(
+            name, dtype=dtype, **hf_arguments
+        )
         if device is not None:
             loaded = loaded.to(device)
-        return cls(loaded, tokenizer or AutoTokenizer.from_pretrained(name), model_id=name)
+        if tokenizer is None and takes_text(loaded):
+            tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        return cls(loaded, tokenizer, model_id=name)
 
     @property
     def name(self) -> str:

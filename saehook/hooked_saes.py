@@ -263,7 +263,7 @@ class HookedSAEs(Runs):
                         site=name,
                         held=encode_for(sae, values[mask.to(values.device)]),
                         ids=ids,
-                        tokens=[self.tokenizer.decode([i]) for i in ids.tolist()],
+                        tokens=[self.tokenizer.decode([i]) if self.tokenizer else "" for i in ids.tolist()],
                         mask=keep[mask],
                     )
                 )

@@ -121,10 +121,11 @@ def list_files(place: HubPlace, wanted: str = "") -> list[str]:
         return sorted(HfApi().list_repo_files(place.repo, revision=place.revision))
 
 
-def upload(repo: str, files: Mapping[str, str], *, message: str, private: bool = False) -> HubPlace:
-    """Write text files into a model repository as one commit; it is made where it does not exist.
+def upload(repo: str, files: Mapping[str, str | Path], *, message: str, private: bool = False) -> HubPlace:
+    """Write files into a model repository as one commit; it is made where it does not exist.
 
-    The account is that of `hf auth login`, or of the variable HF_TOKEN.
+    `files` by their names there: texts, or paths of files on this machine. The account is that of `hf auth login`, or of the
+    variable HF_TOKEN.
 
     Raises:
         ArgumentError: no name of the form `owner/name`. FileError: it cannot be written.
@@ -134,7 +135,8 @@ def upload(repo: str, files: Mapping[str, str], *, message: str, private: bool =
     place = parse(repo if is_hub_name(repo) else PREFIX + repo)
     if place.revision is not None:
         raise ArgumentError(f"{repo!r} names a revision; what is uploaded makes a new one. Leave it out.")
-    operations = [CommitOperationAdd(name, text.encode()) for name, text in files.items()]
+    contents = {name: what.encode() if isinstance(what, str) else what for name, what in files.items()}
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     with hub_errors(f"write {place.name}", CHECK):
         api = HfApi()
         api.create_repo(place.repo, private=private, exist_ok=True)

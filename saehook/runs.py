@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from saehook.edit_plan import EditPlan
 from saehook.errors import ArgumentError, ContextLengthError, NoEffectWarning
 from saehook.full_report import beside, check_kind, full_report
+from saehook.images import image_batch, takes_text
 from saehook.interventions import AnyEdit, Program
 from saehook.positions import UNKNOWN_ID, Positions
 from saehook.results import Generation, Report
@@ -70,6 +71,8 @@ class Runs:
         )
 
     def _batch(self, x: Any, attention_mask: Tensor | None = None) -> Batch:
+        if not takes_text(self.lm):
+            return image_batch(self.lm, x, self.device)
         batch = to_batch(x, self.tokenizer, vocab_size=self._vocab_size, attention_mask=attention_mask)
         longest = int(batch.attention_mask.sum(1).max())
         if self.context is not None and longest > self.context:
@@ -80,13 +83,27 @@ class Runs:
 
     def _arguments(self, batch: Batch, *, masked: bool) -> dict[str, Tensor]:
         """Arguments of the model's forward: the mask and positions only where something is padded (or `masked`)."""
+        if batch.inputs is not None:
+            return dict(batch.inputs)
         arguments = {"input_ids": batch.ids.to(self.device)}
         if batch.padded or masked:
             mask = batch.attention_mask.to(self.device)
             arguments["attention_mask"] = mask
-            if batch.padded and "position_ids" in inspect.signature(self.lm.forward).parameters:
+            takes_positions = "position_ids" in inspect.signature(self.lm.forward).parameters
+            if batch.padded and takes_positions and not _counts_from_ids(self.lm):
                 arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
         return arguments
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def check_causal(self, what: str) -> None:
+        """Raises ArgumentError for a model that predicts no next tokens, and so has no such thing as `what`."""
+        if not self.lm.can_generate():
+            raise ArgumentError(
+                f"{type(self.lm).__name__} predicts no next tokens, so it has no {what}. It can be called, read, edited and "
+                "trained on; for the rest take a model with a causal head."
+            )
 
     def _positions(self, batch: Batch, program: Program, expansion: int = 1, *, reorders: bool = False) -> Positions:
         positions = Positions(
@@ -94,9 +111,9 @@ class Runs:
             batch.attention_mask.to(self.device),
             special_ids(self.tokenizer),
             expansion,
-            bos=self.tokenizer.bos_token_id,
+            bos=getattr(self.tokenizer, "bos_token_id", None),
             roles=batch.roles,
-            decode=lambda ids: self.tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+            decode=self._decode if self.tokenizer is not None else None,
             reorders=reorders,
         )
         for edit in program.edits:
@@ -144,6 +161,7 @@ class Runs:
         self, x: Any, edits: Program | AnyEdit | Iterable[AnyEdit] = (), splice: bool = False, error: str | None = None
     ) -> float:
         """Mean cross-entropy in nats over every next token of every row, as Hugging Face's `labels=` gives it."""
+        self.check_causal("loss over them")
         program = Program.of(edits, splice, error)
         batch = self._batch(x)
         mask = batch.attention_mask
@@ -224,6 +242,7 @@ class Runs:
     def generate_quietly(self, x: Any, program: Program, seed: int | None, report: str | None = None, **hf: Any) -> Any:
         """`generate` without warnings: what edits did not do stands in the report only."""
         check_kind(report)
+        self.check_causal("continuation of a text")
         if report is not None and hf.get("past_key_values") is not None:
             raise ArgumentError(
                 "report='full' gives the text to the model again from its start, and this run begins with past_key_values. "
@@ -368,6 +387,11 @@ def _check_unpacked(batch: Batch, position_ids: Tensor | None) -> None:
             "position_ids begin again within a row: several texts packed into one. Edits count and remember tokens by row, so "
             "give each text as a row of its own."
         )
+
+
+def _counts_from_ids(lm: Any) -> bool:
+    """Whether a model counts positions from the ids that are no padding, from an offset of its own (RoBERTa)."""
+    return any(hasattr(module, "create_position_ids_from_input_ids") for module in lm.modules())
 
 
 def _sequences(output: Any) -> Tensor:

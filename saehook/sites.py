@@ -11,11 +11,13 @@
 | `attn_out`, `mlp_out` | what attention and MLP add to the residual stream: after the post-norm of Gemma 2 and 3 |
 | `mlp_act` | MLP activations before its output projection |
 
-An architecture without a row in `ARCHITECTURES` still works by module path.
+An architecture without a row in `ARCHITECTURES` still works by module path. Names that other tools give to these places
+are understood, too (`site_spellings`); they come back as ours.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 import re
@@ -27,6 +29,7 @@ from torch import nn
 
 from saehook.errors import SiteError
 from saehook.fields import short
+from saehook.site_spellings import Reading, Tree, readings, spelled
 
 KINDS = ("resid_pre", "attn_in", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_act", "mlp_out", "resid_post")
 """In the order in which a layer computes them."""
@@ -40,10 +43,12 @@ class Architecture:
     """Path of the list of layers."""
     kinds: dict[str, str]
     """kind -> `path:side`."""
+    same: dict[str, str]
+    """`path:side` -> the kind whose value it is, too, and that a write there reaches what a write to the kind does."""
 
     def with_kinds(self, **changes: str) -> Architecture:
         """A copy with some kinds elsewhere."""
-        return Architecture(self.layers, {**self.kinds, **changes})
+        return Architecture(self.layers, {**self.kinds, **changes}, self.same)
 
 
 LLAMA = Architecture(
@@ -59,11 +64,17 @@ LLAMA = Architecture(
         "mlp_out": "mlp:output",
         "resid_post": ":output",
     },
+    {"input_layernorm:output": "attn_in", "post_attention_layernorm:output": "mlp_in"},
 )
-GEMMA2 = LLAMA.with_kinds(
-    attn_out="post_attention_layernorm:output",
-    resid_mid="pre_feedforward_layernorm:input",
-    mlp_out="post_feedforward_layernorm:output",
+GEMMA2 = Architecture(
+    LLAMA.layers,
+    LLAMA.kinds
+    | {
+        "attn_out": "post_attention_layernorm:output",
+        "resid_mid": "pre_feedforward_layernorm:input",
+        "mlp_out": "post_feedforward_layernorm:output",
+    },
+    {"input_layernorm:output": "attn_in", "pre_feedforward_layernorm:output": "mlp_in"},
 )
 GPT2 = Architecture(
     "transformer.h",
@@ -78,6 +89,7 @@ GPT2 = Architecture(
         "mlp_out": "mlp:output",
         "resid_post": ":output",
     },
+    {"ln_1:output": "attn_in", "ln_2:output": "mlp_in"},
 )
 GPT_NEOX = Architecture(
     "gpt_neox.layers",
@@ -92,6 +104,37 @@ GPT_NEOX = Architecture(
         "mlp_out": "mlp:output",
         "resid_post": ":output",
     },
+    {"input_layernorm:output": "attn_in", "post_attention_layernorm:output": "mlp_in"},
+)
+BERT = Architecture(
+    "bert.encoder.layer",
+    {
+        "resid_pre": ":input",
+        "attn_in": "attention:input",
+        "attn_z": "attention.output.dense:input",
+        "attn_out": "attention.output.dense:output",
+        "resid_mid": "attention:output",  # behind the norm: a post-norm block's stream goes on there
+        "mlp_in": "intermediate:input",
+        "mlp_act": "output.dense:input",
+        "mlp_out": "output.dense:output",
+        "resid_post": ":output",
+    },
+    {},
+)
+VIT = Architecture(
+    "vit.layers",
+    {
+        "resid_pre": ":input",
+        "attn_in": "attention:input",
+        "attn_z": "attention.o_proj:input",
+        "attn_out": "attention:output",
+        "resid_mid": "layernorm_after:input",
+        "mlp_in": "mlp:input",
+        "mlp_act": "mlp.fc2:input",
+        "mlp_out": "mlp:output",
+        "resid_post": ":output",
+    },
+    {"layernorm_before:output": "attn_in", "layernorm_after:output": "mlp_in"},
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -106,6 +149,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": GPT2,
     "gpt_neo": GPT2.with_kinds(attn_z="attn.attention.out_proj:input"),
     "gpt_neox": GPT_NEOX,
+    "bert": BERT,
+    "roberta": dataclasses.replace(BERT, layers="roberta.encoder.layer"),
+    "vit": VIT,
 }
 """One row per `config.model_type`."""
 
@@ -154,7 +200,12 @@ def _without_resid_mid(lm: Any, model_type: str) -> bool:
 def architecture(lm: Any) -> Architecture | None:
     """The table row of this model, or None: then sites are named by module path."""
     row = ARCHITECTURES.get(getattr(_text_config(lm), "model_type", ""))
-    return row if row is not None and any(name == row.layers for name, _ in lm.named_modules()) else None
+    if row is None:
+        return None
+    for layers in (row.layers, row.layers.partition(".")[2]):  # the second in a model without head, `AutoModel`
+        if any(name == layers for name, _ in lm.named_modules()):
+            return dataclasses.replace(row, layers=layers)
+    return None
 
 
 def named_sites(lm: Any) -> list[Site]:
@@ -173,7 +224,9 @@ def named_sites(lm: Any) -> list[Site]:
             if kind in skipped or path not in modules:
                 continue
             width = hidden if kind not in {"attn_z", "mlp_act"} else _linear_width(modules[path], side)
-            sites.append(Site(f"layers.{i}.{kind}", path, side, width, in_place=kind == "resid_mid"))
+            sites.append(
+                Site(f"layers.{i}.{kind}", path, side, width, in_place=kind == "resid_mid" and side == "input")
+            )
     return sites
 
 
@@ -248,10 +301,12 @@ def _by_path(lm: Any, pattern: str) -> list[Site]:
 def resolve(lm: Any, patterns: str | Iterable[str]) -> list[Site]:
     """The sites that the patterns name, each once, in the order of the patterns.
 
-    Globs (`layers.*.resid_post`), ranges (`layers.{2..5}.mlp_out`) and lists (`{2,4}`) are understood.
+    Globs (`layers.*.resid_post`), ranges (`layers.{2..5}.mlp_out`) and lists (`{2,4}`) are understood, and the names of
+    other tools (`site_spellings`), which give sites under our names.
 
     Raises:
-        SiteError: a pattern, or one member of a range or list, that matches no site; the nearest names are given.
+        SiteError: a pattern, or one member of a range or list, that matches no site, with the nearest names; a name that
+            may mean several places, with all of them.
     """
     named = {site.name: site for site in named_sites(lm)}
     found: dict[str, Site] = {}
@@ -259,14 +314,62 @@ def resolve(lm: Any, patterns: str | Iterable[str]) -> list[Site]:
         if not isinstance(pattern, str) or not pattern:
             raise SiteError(f"{pattern!r} is no site name. Write for example 'layers.2.resid_post'.")
         for name in _expand(pattern):
-            if ":" in name:
-                found.update({site.name: site for site in _by_path(lm, name)})
-                continue
-            matches = [site for site in named.values() if fnmatch.fnmatchcase(site.name, name)]
-            if not matches:
-                raise SiteError(_no_match(lm, name, list(named)))
-            found.update({site.name: site for site in matches})
+            found.update({site.name: site for site in _matching(lm, name, named)})
     return list(found.values())
+
+
+def _matching(lm: Any, name: str, named: dict[str, Site]) -> list[Site]:
+    """The sites that one name without braces means."""
+    if ":" in name:
+        return _by_path(lm, name)
+    if matches := [site for site in named.values() if fnmatch.fnmatchcase(site.name, name)]:
+        return matches
+    found: dict[tuple[Site, ...], list[Reading]] = {}
+    read = readings(name, _tree(lm))
+    for reading in read:
+        if sites := tuple(_ours(lm, reading, named)):
+            found.setdefault(sites, []).append(reading)
+    if len(found) > 1:
+        meant = [f"{sites[0].name} ({same[0].tool})" for sites, same in found.items()]
+        raise SiteError(f"{name!r} may mean {' or '.join(meant)}, which differ in {type(lm).__name__}. Say which.")
+    if found:
+        return list(next(iter(found)))
+    raise SiteError(_no_match(lm, read[0].names[0] if read and read[0].names else name, list(named)))
+
+
+def _ours(lm: Any, reading: Reading, named: dict[str, Site]) -> list[Site]:
+    """What a reading names, by our name of each place where it has one."""
+    sites = []
+    for name in reading.names:
+        if ":" not in name:
+            sites += [site for site in named.values() if fnmatch.fnmatchcase(site.name, name)]
+            continue
+        row = architecture(lm)
+        places = {(site.path, site.side): site for site in named.values() if not site.in_place}
+        for site in _by_path(lm, name):
+            ours = places.get((site.path, site.side))
+            match = re.fullmatch(rf"{re.escape(row.layers)}\.(\d+)\.(.+)", f"{site.path}:{site.side}") if row else None
+            if row is not None and match is not None and match[2] in row.same:
+                ours = named.get(f"layers.{match[1]}.{row.same[match[2]]}")
+            sites.append(ours or site)
+    return sites
+
+
+def _tree(lm: Any) -> Tree:
+    """What names of other tools are read against."""
+    row = architecture(lm)
+    modules = dict.fromkeys(name for name, _ in lm.named_modules() if name)
+    base = getattr(lm, "base_model_prefix", "")
+    return Tree(modules, base if base in modules else "", row.layers if row else "", row.kinds if row else {})
+
+
+def spelling(lm: Any, site: Site, tool: str) -> str | None:
+    """The name that another tool (`site_spellings.TOOLS`) gives to a site of this model, None where it has none.
+
+    Raises:
+        ArgumentError: an unknown tool.
+    """
+    return spelled(tool, site.name, site.path, site.side, _tree(lm))
 
 
 def _no_match(lm: Any, name: str, known: list[str]) -> str:

@@ -3,7 +3,7 @@
 The window rule, the same for training and evaluation: documents are tokenised without special tokens and joined, each
 preceded by BOS (EOS where the tokenizer has no BOS); the stream is cut into windows of min(context, 256) tokens; each
 window starts with BOS where the tokenizer has one; no token is used twice; the tail that fills no window is dropped
-and counted.
+and counted. For an encoder, whose tokenizer has `[CLS]` and `[SEP]` instead, each window stands between these two.
 """
 
 from __future__ import annotations
@@ -48,9 +48,27 @@ class Windows:
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of the tokenizer's BOS, EOS and padding token, those it has, sorted. Chat markers are ordinary tokens."""
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    """Ids of the tokenizer's BOS, EOS and padding token, those it has, sorted; none without a tokenizer. Chat markers are
+    ordinary tokens. What an encoder's tokenizer has in place of BOS and EOS, `[CLS]` and `[SEP]`, counts as these."""
+    if tokenizer is None:
+        return ()
+    ids = (*_edges(tokenizer), tokenizer.pad_token_id)
     return tuple(sorted({i for i in ids if i is not None}))
+
+
+def _edges(tokenizer: Any) -> tuple[int | None, int | None]:
+    """The ids that begin and end a text: BOS, else `[CLS]`; EOS, else `[SEP]`."""
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return (
+        getattr(tokenizer, "cls_token_id", None) if first is None else first,
+        getattr(tokenizer, "sep_token_id", None) if last is None else last,
+    )
+
+
+def _is_encoder(tokenizer: Any) -> bool:
+    """Whether texts are written between `[CLS]` and `[SEP]`, as encoders have them."""
+    first, last = _edges(tokenizer)
+    return tokenizer.bos_token_id is None and tokenizer.eos_token_id is None and None not in (first, last)
 
 
 def keep_mask(ids: Tensor, attention_mask: Tensor | None, special: Sequence[int], skip_first_tokens: int = 0) -> Tensor:
@@ -94,15 +112,22 @@ class WindowCutter:
         """Raises ArgumentError where `window` is below 2, or the tokenizer has nothing to separate documents with."""
         if window < 2:
             raise ArgumentError(f"a window of {window} tokens predicts nothing; at least 2 are needed.")
-        bos = tokenizer.bos_token_id
+        bos, end = tokenizer.bos_token_id, _edges(tokenizer)[1]
         self.tokenizer = tokenizer
-        self.separator = bos if bos is not None else tokenizer.eos_token_id
+        self.separator = bos if bos is not None else end
         if self.separator is None:
             raise ArgumentError(
                 "the tokenizer has neither a BOS nor an EOS token to put between documents. Set one of them."
             )
         self.first = [] if bos is None else [bos]
-        self.body = window - len(self.first)
+        self.last: list[int] = []
+        if _is_encoder(tokenizer):
+            self.first, self.last = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+        self.body = window - len(self.first) - len(self.last)
+        if self.body < 1:
+            raise ArgumentError(
+                f"a window of {window} tokens holds no text between [CLS] and [SEP]; at least 3 are needed."
+            )
         self.pending: list[int] = []
         """Ids that fill no window yet."""
 
@@ -113,7 +138,7 @@ class WindowCutter:
         end = len(stream) // self.body * self.body
         bodies = [stream[i : i + self.body] for i in range(0, end, self.body)]
         self.pending = stream[end:]
-        return [torch.tensor(self.first + body, dtype=torch.int64) for body in bodies]
+        return [torch.tensor(self.first + body + self.last, dtype=torch.int64) for body in bodies]
 
 
 def windows(documents: Iterable[Document], tokenizer: Any, window: int, *, max_tokens: int | None = None) -> Windows:
@@ -146,7 +171,7 @@ def windows(documents: Iterable[Document], tokenizer: Any, window: int, *, max_t
         )
     rule = {
         "window": window,
-        "separator": "bos" if tokenizer.bos_token_id is not None else "eos",
+        "separator": "bos" if tokenizer.bos_token_id is not None else "sep" if _is_encoder(tokenizer) else "eos",
         "starts_with_bos": tokenizer.bos_token_id is not None,
     }
     return Windows(torch.stack(rows), digest.hexdigest(), read, len(cutter.pending), rule, dataset)
@@ -164,6 +189,8 @@ class Batch:
     """Whether the caller gave one row and not a list of rows."""
     roles: list[list[str] | None] | None = None
     """Of rows that are conversations: the role of each of their own tokens, where the chat template shows it."""
+    inputs: dict[str, Tensor] | None = None
+    """What a model that takes no ids gets instead (`images`)."""
 
     @property
     def padded(self) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from saehook.reports import write_report
 from saehook.run_state import checkpoints
 from saehook.sae import SAE
 from saehook.sae_run import sae_name, site_name
+from saehook.sites import Site
 from saehook.tokenization import Windows, tokenizer_sha256, window_size
 from saehook.trainer import CHECKPOINT_SECONDS, Trainer
 
@@ -105,11 +107,14 @@ def train_saes(
     base = MaskRule(skip_first_tokens=skip_first_tokens)
     if max_norm_ratio:
         MaskRule(max_norm_ratio=max_norm_ratio, median_norm=1.0)  # an error before anything runs
+    if held_out is not None:
+        model.check_causal("loss to evaluate SAEs by; train with held_out=None (--eval-tokens 0)")
     sites = {name: model.sites(name) for config in configs for name in config.sites}
     for name, found in sites.items():
         if len(found) != 1:
             raise ArgumentError(f"{name!r} names {len(found)} sites; a TrainConfig has exactly one.")
-    widths = {name: model.width(found[0]) for name, found in sites.items()}
+    configs = [_under_our_names(config, sites) for config in configs]
+    widths = {found[0].name: model.width(found[0]) for found in sites.values()}
     folders = [out / _folder(config, configs) for config in configs]
     if len(set(folders)) < len(folders):
         raise ArgumentError("two configs have the same site, activation and size. Change one, or train them apart.")
@@ -222,6 +227,14 @@ def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _under_our_names(config: TrainConfig, sites: Mapping[str, Sequence[Site]]) -> TrainConfig:
+    """The same with the sites' own names, where it has another tool's."""
+    names = {"site": sites[config.site][0].name}
+    if config.site_out is not None:
+        names["site_out"] = sites[config.site_out][0].name
+    return dataclasses.replace(config, **names)
 
 
 def _folder(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:

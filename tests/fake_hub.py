@@ -59,7 +59,7 @@ def fake_hub() -> Iterator[FakeHub]:
             if self.path == "/api/repos/create":
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-                if asked.get("private"):
+                if asked.get("private") or asked.get("visibility") == "private":
                     hub.private.add(name)
                 new = name not in hub.repos
                 hub.repos.setdefault(name, [])

@@ -16,14 +16,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "saehook"
 LAYERS = [
     "errors metrics kernels/*",
     "config corpus hub dataset_text bundle files gguf loggers fields metrics_log formats/*",
-    "losses activation_fns where conditions schedules interventions sites conversation tokenization sweep "
-    "run_state plan",
-    "sae sparse_acts row_text positions optim batches prefix intervals splice_losses tracks readback program_file",
-    "checkpoint reconstruction eval_result row_edits edit_blocks editing results edit_plan full_report "
+    "losses activation_fns where conditions schedules interventions site_spellings sites conversation "
+    "tokenization sweep run_state plan",
+    "sae sparse_acts images row_text positions optim batches prefix intervals splice_losses tracks readback "
+    "program_file",
+    "checkpoint writers reconstruction eval_result row_edits edit_blocks editing results edit_plan full_report "
     "sampling_noise calibration methods",
-    "runs attribution dose_response kl_strength hooked_saes hooked_model streaming sae_run trainer",
-    "harvest activation_cache lm_head evaluation latent_stats kl_tuning replay export",
-    "charts page reports eval_report training_run suite/* adapters/*",
+    "runs attribution dose_response kl_strength hooked_saes hooked_model fit streaming sae_run trainer",
+    "harvest activation_cache lm_head evaluation latent_stats kl_tuning replay export neuronpedia",
+    "charts model_card page reports eval_report training_run suite/* adapters/*",
     "app/*",
     "commands/* cli __main__ __init__",
 ]
