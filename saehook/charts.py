@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+from saehook.token_html import escape
 
 STRETCHES = 200
 """A longer curve is cut into so many stretches, and each keeps its smallest and its largest value."""
@@ -226,12 +226,6 @@ def curve_css(n_curves: int) -> str:
     dashes = "".join(f".d{i}{{stroke-dasharray:{dash}}}" for i, dash in enumerate(DASHES))
     faded = "".join(f"body:has(tr:hover .n{i}) .line:not(.n{i}){{opacity:.12}}" for i in range(n_curves))
     return f"{CSS}{palette(LIGHT)}@media(prefers-color-scheme:dark){{{palette(DARK)}}}{dashes}{faded}"
-
-
-def escape(value: Any) -> str:
-    """Text for HTML, in elements and attributes, without the characters that it may not hold."""
-    allowed = r"\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff"
-    return html.escape(re.sub(f"[^{allowed}]", "\ufffd", str(value)))
 
 
 def human(value: Any, share: bool = False) -> str:

@@ -47,6 +47,7 @@ from saehook.conditions import Condition, condition_from_data
 from saehook.errors import ArgumentError, FormatError, LatentError
 from saehook.fields import MAX_VALUE, check_fields, check_kinds, from_json, integers, listed, number, short
 from saehook.schedules import Schedule
+from saehook.token_html import table_html
 from saehook.where import EVERYWHERE, Where
 
 OPS = ("set", "add", "scale", "ablate", "min", "max", "mean", "resample", "swap", "keep_only")
@@ -367,6 +368,18 @@ class Program:
     def drops_error(self) -> bool:
         """Whether a touched token becomes the reconstruction, with or without the mean error."""
         return self.splice or self.error in ("drop", "mean")
+
+    def _repr_html_(self) -> str:
+        """For notebooks: one row for each edit, and what belongs to all."""
+        rows = [(number, str(edit)) for number, edit in enumerate(self.edits, 1)]
+        whole = {
+            "splice": self.splice or None,
+            "error": self.error,
+            "norm": self.norm,
+            "parallel": self.parallel or None,
+        }
+        rows += [("", f"{name}: {value}") for name, value in whole.items() if value is not None]
+        return table_html(("", "edit"), rows)
 
     def to_json(self) -> str:
         """The program as JSON; `from_json` gives an equal one back."""

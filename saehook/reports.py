@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saehook.charts import Curve, curve_chart, escape, histogram, human, spans_decade
+from saehook.charts import Curve, curve_chart, histogram, human, spans_decade
 from saehook.checkpoint import CONFIG, load_sae
 from saehook.errors import FileError, SaehookError
 from saehook.files import atomic_write
 from saehook.metrics_log import METRICS
 from saehook.page import counted, figure, flat, grid, page, section, table
 from saehook.sae import SAE
+from saehook.token_html import escape
 
 EVALUATION, REPORT = "eval.json", "report.html"
 Log = dict[str, list[dict[str, Any]]]
@@ -57,7 +58,7 @@ def write_report(run: Path) -> Path:
         FileError: the folder holds no `metrics.jsonl`, or cannot be read or written.
     """
     notes: list[str] = []
-    log = _read_log(run / METRICS, notes)
+    log = read_log(run / METRICS, notes)
     saes = _read_saes(run, notes)
     rows = _read_evaluation(run / EVALUATION, notes)
     lms = _distinct(_lookup(sae, "lm", "id") for sae in saes.values())
@@ -74,7 +75,7 @@ def write_report(run: Path) -> Path:
     return run / REPORT
 
 
-def _read_log(path: Path, notes: list[str]) -> Log:
+def read_log(path: Path, notes: list[str]) -> Log:
     """Of lines that a later run took again, the later ones."""
     try:
         rows = path.read_bytes().splitlines()

@@ -15,6 +15,7 @@ from saehook.errors import ArgumentError, LatentError
 from saehook.interventions import AnyEdit, Edit
 from saehook.sae import DENSE_ENTRIES
 from saehook.sparse_acts import Acts, columns_of
+from saehook.token_html import escape, strip_html, table_html
 
 
 class LatentChange(NamedTuple):
@@ -267,6 +268,19 @@ class Latents:
         best = falling[first.sort().values[:n]]
         rows = zip(latents[best].tolist(), acts[best].tolist(), positions[best].tolist(), strict=True)
         return [LatentHit(latent, value, position, self.tokens[position]) for latent, value, position in rows]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the strongest latents, and the tokens coloured by each of the first five."""
+        hits = self.top(10)
+        rows = [(hit.latent, f"{hit.activation:.4g}", repr(hit.token), hit.position) for hit in hits]
+        strips = [
+            f"<p>latent {hit.latent} at {escape(self.site)}, from 0 to {hit.activation:.4g}</p>"
+            + strip_html(
+                self.tokens, (self.of(hit.latent).float().cpu() * self.mask).tolist(), hit.activation, hit.position
+            )
+            for hit in hits[:5]
+        ]
+        return table_html(("latent", "largest activation", "on token", "position"), rows) + "".join(strips)
 
     def l0(self) -> Tensor:
         """Latents that fire on each token, [S] int64 on the CPU."""

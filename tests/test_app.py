@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
+import shlex
 import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,24 +20,46 @@ import pytest
 from app_fixtures import HOSTILE, SITES, SPECIAL, collect_loops, free_port, tiny
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from transformers import StoppingCriteriaList
 
 import saehook
-from saehook import Program, ablate, clamp, generation, prompt, scale, steer, tokens
+from saehook import (
+    Program,
+    Schedule,
+    ablate,
+    add_vector,
+    clamp,
+    cli,
+    generation,
+    latent,
+    matching,
+    prompt,
+    scale,
+    steer,
+    swap,
+    tokens,
+)
 from saehook.app import Limits, build_app, serve
-from saehook.app.edit_rows import EditRow, check_program, first_free, parse_where, program_of, rows_of
+from saehook.app.cancellable import Cancelled, Done, Progress, in_background
+from saehook.app.generate_tab import CHOSEN, on_stop
+from saehook.app.inspect_tab import COLOURS, next_value, strip_value, table_value
 from saehook.app.lane import lane_value, report_notes
 from saehook.app.lanes import run_lanes
-from saehook.app.latent_table import table_value
 from saehook.app.messages import told_to_the_visitor
-from saehook.app.page import PROMPTS, on_stop, one_latent
-from saehook.app.reading import prompt_ids, read
+from saehook.app.page import PROMPTS
+from saehook.app.page_state import PageState
+from saehook.app.program_rows import editor_value, latent_row, problems_of, program_of, program_to_rows, with_row
+from saehook.app.reading import Reading, prompt_ids, read
 from saehook.app.sampling import Sampling, sampling_of
-from saehook.app.snippet import edit_code, snippet
-from saehook.app.token_strip import strip_value
-from saehook.app.visible_text import one_line, visible, visible_token
+from saehook.app.shared import one_latent
+from saehook.app.snippet import edit_code, python_for, shell_for
+from saehook.app.sweep_tab import Counting, numbers, plots_of, table_of
+from saehook.attribution import Logit
+from saehook.dashboards import latent_card
 from saehook.errors import ArgumentError, ContextLengthError, LatentError, SaehookError
+from saehook.inspection import inspect_text
 from saehook.results import EditReport, Report
-from saehook.where import EVERYWHERE
+from saehook.visible_text import one_line, visible, visible_token
 
 pytestmark = [
     # Gradio leaves event loops and sockets to the garbage collector.
@@ -44,93 +70,151 @@ LIMITS = Limits(prompt_tokens=120, new_tokens=350, queue=4)
 PROMPT = "hello, world"
 
 
-def row(**values: Any) -> EditRow:
-    default = EditRow(on=True, site=SITES[0], latent="3", op="add", strength=0.5, unit="raw", where="everywhere")
-    return default._replace(**values)
+def row(on: bool = True, **fields: Any) -> dict[str, Any]:
+    """A row of the editor; a field that is None is left out."""
+    edit = {"op": "add", "latents": [3], "value": 0.5, "site": SITES[0]} | fields
+    return {"on": on, "edit": {name: value for name, value in edit.items() if value is not None}}
 
 
-def program(*rows: EditRow, error: str = "keep", n_prompt: int = 12) -> Program:
-    return program_of(tiny(), rows, error, n_prompt, LIMITS)
+def program(*rows: dict[str, Any], n_prompt: int = 12, **whole: Any) -> Program:
+    return program_of(tiny(), {"rows": list(rows), **whole}, LIMITS, n_prompt)
 
 
 # --- edits ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("values", "edit"),
+    ("fields", "edit"),
     [
         ({}, steer(3, 0.5, site=SITES[0])),
-        ({"unit": "norm", "where": "generation"}, steer(3, 0.5, unit="norm", site=SITES[0], where=generation())),
-        ({"unit": "max", "where": " prompt "}, steer(3, 0.5, unit="max", site=SITES[0], where=prompt())),
-        ({"op": "set", "latent": " 3, 14 ", "where": ""}, clamp([3, 14], 0.5, site=SITES[0])),
-        ({"op": "scale", "unit": "max", "site": SITES[1]}, scale(3, 0.5, site=SITES[1])),
-        ({"op": "ablate", "strength": None, "where": "0, 3 -1"}, ablate(3, site=SITES[0], where=tokens(0, 3, -1))),
+        ({"latents": " 3, 14 ", "op": "set"}, clamp([3, 14], 0.5, site=SITES[0])),
+        ({"op": "ablate", "value": None, "where": {"tokens": "0, 3 -1"}}, ablate(3, site=SITES[0], where=tokens(0, 3, -1))),
+        (
+            {"op": "scale", "site": SITES[1], "where": {"prompt": True, "generation": False}},
+            scale(3, 0.5, site=SITES[1], where=prompt()),
+        ),
     ],
-)
-def test_a_row_means_an_edit(values, edit):
-    assert program(row(on=False), row(**values)).edits == (edit,)
+)  # fmt: skip
+def test_a_row_means_an_edit(fields, edit):
+    assert program(row(on=False, latents="no number"), row(**fields)).edits == (edit,)
 
 
-def test_rows_that_are_off_mean_nothing():
-    assert program(row(on=False, latent="no number"), error="drop") == Program(error="drop")
+def test_a_row_may_be_json():
+    edit = steer(3, 0.5, site=SITES[0], when=latent(5, site=SITES[0]) > 1.0, schedule=Schedule.linear(1, 0, 5))
+    assert program({"on": True, "text": json.dumps(edit.to_data())}).edits == (edit,)
+    vector = add_vector([1.0] * 32, site=SITES[0])
+    assert program({"on": True, "edit": vector.to_data()}).edits == (vector,)
+
+
+def test_what_belongs_to_all_edits():
+    whole = {"error": "mean", "norm": {"cap": 0.5}, "splice": False, "parallel": False}
+    assert program_of(tiny(), {"rows": [], **whole}, LIMITS) == Program(error="mean", norm={"cap": 0.5})
+    assert program(error="keep", splice=True) == Program(splice=True)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("fields", "message"),
     [
-        ({"latent": ""}, "names no latent"),
-        ({"latent": "4.5"}, "the latent '4.5' is unknown; expected a whole number"),
-        ({"latent": "<b>"}, "'<b>' is unknown"),
-        ({"latent": "96"}, r"latent 96 is outside 0\.\.95"),
-        ({"latent": "-1"}, "latent -1 is negative"),
-        ({"strength": None}, "no strength"),
-        ({"strength": float("nan")}, "a finite number is expected"),
-        ({"strength": 1e6}, r"strength 1e\+06 is beyond ±100000"),
+        ({"latents": " "}, "names no latent"),
+        ({"latents": "4.5"}, "the latent '4.5' is unknown; expected a whole number"),
+        ({"latents": "<b>"}, "'<b>' is unknown"),
+        ({"latents": [96]}, r"latent 96 is outside 0\.\.95"),
+        ({"latents": [-1]}, "latent -1 is negative"),
+        ({"value": None}, "no strength"),
+        ({"value": float("nan")}, "a finite number is expected"),
+        ({"value": 1e6}, r"strength 1e\+06 is beyond ±100000"),
         ({"op": "explode"}, "no operation 'explode'"),
         ({"unit": "miles"}, "no unit 'miles'"),
         ({"site": "layers.9.resid_post"}, "layers.9.resid_post"),
         ({"site": SITES[1], "unit": "max"}, "no statistics"),
-        ({"where": "somewhere"}, "the place 'somewhere' is unknown; expected everywhere, prompt, generation"),
-        ({"where": "0, 12"}, r"token 12 is outside the 12 tokens of the prompt: expected -12\.\.11"),
+        ({"where": "somewhere"}, "an object is expected"),
+        ({"where": {"tokens": "all"}}, "the place 'all' is unknown; expected numbers of tokens"),
+        ({"where": {"tokens": [0, 12]}}, r"token 12 is outside the 12 tokens of the prompt: expected -12\.\.11"),
+        ({"explode": 1}, "unknown fields"),
     ],
 )
-def test_a_row_that_cannot_be_meant_is_named(values, message):
-    with pytest.raises(SaehookError, match=rf"^Edit 2: .*{message}"):
-        program(row(), row(**values))
+def test_a_row_that_cannot_be_meant_is_named(fields, message):
+    with pytest.raises(SaehookError, match=rf"^Edit 2.*{message}"):
+        program(row(), row(**fields))
 
 
-def test_with_one_sae_edits_name_no_site():
-    hooked = tiny().model.attach(tiny().saes[SITES[1]])
-    assert program_of(hooked, [row(site=SITES[1])], "keep", 12, LIMITS).edits == (steer(3, 0.5),)
-    sites = [
-        block for block in build_app(hooked).blocks.values() if str(getattr(block, "elem_id", "")).endswith("site")
+@pytest.mark.parametrize("value", [None, 3, {}, {"rows": 3}, {"rows": [3]}, {"rows": [{"on": True}]}])
+def test_what_is_no_program_is_refused(value):
+    with pytest.raises(SaehookError, match="not as the page's editor|is no object"):
+        program_of(tiny(), value, LIMITS)
+
+
+def test_all_problems_are_told_at_once():
+    rows = [row(latents=[700]), row(), row(on=False, latents="x"), {"on": True, "text": "{"}]
+    first, second = problems_of(tiny(), {"rows": rows}, LIMITS)
+    assert first.startswith("Edit 1: latent 700 is outside")
+    assert second.startswith("the text of edit 4 is not JSON")
+    assert "this page allows 8" in problems_of(tiny(), {"rows": [row()] * 9}, LIMITS)[0]
+    assert problems_of(tiny(), {"rows": [row()]}, LIMITS) == []
+
+
+def test_a_program_is_kept_by_the_editor_whatever_it_holds():
+    edits = [
+        steer(3, 0.5, unit="norm", site=SITES[0], where=generation()),
+        ablate([1, 2], site=SITES[1], when=latent(5, site=SITES[0]) > 1.0),
+        add_vector([1.0] * 32, 2.0, site="layers.1.resid_post"),
     ]
-    assert len(sites) == 5
-    assert not any(block.visible for block in sites)
-    hooked.detach()
+    given = Program(edits=edits, norm="preserve")
+    value = program_to_rows(tiny(), given.to_json(), LIMITS)
+    assert program_of(tiny(), json.loads(json.dumps(value)), LIMITS) == given
+    with pytest.raises(SaehookError, match="There is no JSON"):
+        program_to_rows(tiny(), " ", LIMITS)
 
 
-def test_too_many_edits():
-    with pytest.raises(ArgumentError, match="5 edits were given; this page allows 4"):
-        check_program(tiny(), Program(edits=(steer(1, 1.0, site=SITES[0]),) * 5), 3, LIMITS)
+def test_a_chosen_latent_becomes_a_row():
+    value = editor_value(tiny(), LIMITS)
+    for kind, op in (
+        ("add 0.4 × ‖x‖", "add"),
+        ("set to its max", "set"),
+        ("ablate", "ablate"),
+        ("keep only it", "keep_only"),
+    ):
+        value = with_row(value, latent_row(7, SITES[0], kind), LIMITS)
+        assert program_of(tiny(), value, LIMITS).edits[-1].op == op
+    with pytest.raises(ArgumentError, match="no edit 'explode'"):
+        latent_row(7, None, "explode")
+    full = {**value, "rows": [row()] * 8}
+    with pytest.raises(ArgumentError, match="All 8 edits are in use"):
+        with_row(full, row(), LIMITS)
+    assert with_row({**full, "rows": [*[row()] * 3, row(on=False), *[row()] * 4]}, row(value=9), LIMITS)["rows"][
+        3
+    ] == row(value=9)
 
 
-def test_error_is_checked():
-    with pytest.raises(ArgumentError, match="expected 'keep' or 'drop'"):
-        program(row(), error="lose")
+# --- links ---------------------------------------------------------------------------------------------------------------
 
 
-def test_first_free_row():
-    used, off, empty = row(), row(on=False), row(on=False, latent="")
-    assert first_free([used, off, empty, empty]) == 2
-    assert first_free([used, off, used, used]) == 1
-    with pytest.raises(ArgumentError, match="All 4 edits are in use"):
-        first_free([used] * 4)
-    assert list(rows_of([*used, *off])) == [used, off]
+def test_a_link_restores_the_page():
+    program = editor_value(tiny(), LIMITS, Program(edits=[ablate(3, site=SITES[0])], error="drop"))
+    state = PageState(
+        tab="generate", prompt="<b>é\n", site=SITES[1], latent="7", program=program, temperature=0.5, seed=9
+    )
+    back = PageState.from_link(state.to_link())
+    assert back.to_data() == state.to_data()
+    assert "sites" not in back.program, "a link says nothing about the model"
 
 
-def test_an_empty_place_is_everywhere():
-    assert parse_where(None) == parse_where("") == EVERYWHERE
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x", "cannot be read"),
+        ("!!!!", "cannot be read"),
+        ("x" * 9000, "9000 characters; at most 8192"),
+        (base64.urlsafe_b64encode(zlib.compress(b"0" * 10**6)).decode(), "more than 200000 characters"),
+        (base64.urlsafe_b64encode(zlib.compress(b"[]")).decode(), "an object is expected"),
+        (base64.urlsafe_b64encode(zlib.compress(b'{"version": 1, "run": true}')).decode(), "unknown fields"),
+        (base64.urlsafe_b64encode(zlib.compress(b'{"version": 1, "seed": "x"}')).decode(), "seed is 'x'"),
+        (base64.urlsafe_b64encode(zlib.compress(b'{"version": 1, "tab": "x"}')).decode(), "tab is 'x'"),
+    ],
+)
+def test_a_link_that_is_none_is_refused(code, message):
+    with pytest.raises(SaehookError, match=message):
+        PageState.from_link(code)
 
 
 @pytest.mark.parametrize(
@@ -156,11 +240,12 @@ def test_a_chosen_latent_is_one_number(chosen, message):
         ((True, float("inf"), 5, 0), "temperature is inf"),
         ((True, 0.8, 5, -1), "seed is -1"),
         ((True, 0.8, 5, None), "seed is None"),
+        ((True, 0.8, 5, 0, 0.0), "Top-p is 0.0"),
     ],
 )
 def test_settings_are_checked(values, message):
     with pytest.raises(ArgumentError, match=message):
-        sampling_of(values[0], values[1], values[2], values[3], LIMITS)
+        sampling_of(*values[:4], LIMITS, *values[4:])
 
 
 def test_without_sampling_temperature_is_not_used():
@@ -191,46 +276,127 @@ def test_prompts_are_checked(text, error, message):
 
 def test_a_reading_is_what_the_library_says():
     text = f"ab{SPECIAL}c"
-    latents = tiny().latents(text, SITES[0])
     reading = read(tiny(), text, SITES[0], LIMITS)
-    assert reading.top == latents.top(20)
-    assert reading.n_active == len(latents.top(96))
-    assert reading.top_at == [latents.at(i, 20) for i in range(4)]
+    facts = inspect_text(tiny(), text, SITES[0])
+    assert reading.facts.strongest(20) == facts.strongest(20)
     assert reading.tokens == ["a", "b", SPECIAL, "c"]
-    assert reading.mask == [True, True, False, True]
-    for latent in (0, reading.top[0].latent):
-        assert reading.activations(latent) == latents.acts[:, latent].tolist()
+
+
+def reading_of(*edits: Any) -> Reading:
+    return read(tiny(), PROMPT, SITES[0], LIMITS, Program(edits=edits))
 
 
 def test_the_strip_is_coloured_by_the_latent():
-    reading = read(tiny(), PROMPT, SITES[0], LIMITS)
-    latent = reading.top[0].latent
-    value = strip_value(reading, latent, 2)
-    acts = reading.activations(latent)
+    reading = reading_of()
+    number = reading.facts.strongest(1)[0][0].latent
+    value = strip_value(reading, number, (2, 4))
+    acts = reading.facts.activations_of(number).tolist()
     assert [t["share"] for t in value["tokens"]] == pytest.approx([a / max(acts) for a in acts])
-    assert [t["selected"] for t in value["tokens"]] == [i == 2 for i in range(12)]
-    assert (
-        value["legend"]
-        == f"latent {latent} at {SITES[0]}: from 0 to {max(acts):.4g}, its largest activation in this text"
-    )
-    silent = next(i for i in range(96) if not any(reading.activations(i)))
+    assert [t["selected"] for t in value["tokens"]] == [i in (2, 3) for i in range(12)]
+    expected = f"latent {number} at {SITES[0]}: from 0 to {max(acts):.4g}, its largest activation in this text"
+    assert value["legend"] == expected
+    silent = next(i for i in range(96) if not any(reading.facts.activations_of(i)))
     assert strip_value(reading, silent, None)["legend"].endswith("silent on this text")
-    assert strip_value(None, None, None)["tokens"] == []
+
+
+def test_the_strip_is_coloured_by_numbers_of_tokens():
+    reading = reading_of(steer(3, 4.0, site=SITES[0]))
+    facts = reading.facts
+    value = strip_value(reading, None, None, "loss_edited", "loss edited − loss, nats")
+    more = (facts.loss_edited - facts.loss).tolist()
+    assert [t["hot"] for t in value["tokens"]] == [m > 0 for m in more]
+    largest = max(abs(m) for m in more[1:])
+    assert [t["share"] for t in value["tokens"][1:]] == pytest.approx([abs(m) / largest for m in more[1:]])
+    assert value["tokens"][0]["share"] == 0, "nothing predicts the first token"
+    for measure in COLOURS.values():
+        json.dumps(strip_value(reading, None, None, measure, "x", True), allow_nan=False)
 
 
 def test_the_table_says_how_much_it_shows():
-    reading = read(tiny(), PROMPT, SITES[0], LIMITS)
+    reading = reading_of()
     sae = tiny().saes[SITES[0]]
-    value = table_value(reading, sae, reading.top[1].latent, None)
-    assert value["caption"] == f"Strongest latents of the text · showing 20 of {reading.n_active} that fire"
-    assert [r["latent"] for r in value["rows"]] == [hit.latent for hit in reading.top]
+    hits, n_active = reading.facts.strongest(20)
+    value = table_value(reading, sae, hits[1].latent)
+    assert value["caption"] == f"Strongest latents of the text · showing 20 of {n_active} that fire"
+    assert [r["key"] for r in value["rows"]] == [hit.latent for hit in hits]
     assert [r["selected"] for r in value["rows"]] == [i == 1 for i in range(20)]
-    assert value["rows"][0]["cells"][-2:] == ["2", "12.50%"]
-    at = table_value(reading, sae, None, 3)
+    assert value["rows"][0]["cells"][2:4] == ["2", "12.50%"]
+    at = table_value(reading, sae, None, (3, 4))
     assert at["caption"].startswith("Strongest latents of token 3, “l” · showing")
-    assert [r["latent"] for r in at["rows"]] == [hit.latent for hit in reading.top_at[3]]
-    assert "Read a text" in table_value(None, None, None, None)["caption"]
-    json.dumps([value, at])
+    assert [r["key"] for r in at["rows"]] == [hit.latent for hit in reading.facts.strongest(20, 3, 4)[0]]
+    effects = [
+        abs(reading.facts.effects[r["key"]]) for r in table_value(reading, sae, None, sort="effect on the loss")["rows"]
+    ]
+    assert effects == sorted(effects, reverse=True)
+    assert table_value(reading, sae, None, dense=0.1)["rows"] == [], "all fire on 12.5 %"
+    json.dumps([value, at, next_value(reading, None)])
+
+
+def test_next_tokens_before_and_after():
+    value = next_value(reading_of(steer(3, 9.0, site=SITES[0])), (3, 4))
+    assert value["caption"].startswith("Likeliest tokens after token 3, “l”")
+    assert any(row["cells"][0] != row["cells"][1] for row in value["rows"])
+
+
+# --- sweep, attribution --------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_shown_as_curves_and_texts():
+    edit = steer(3, 1.0, site=SITES[0])
+    result = tiny().sweep(PROMPT, edit, [-2.0, 4.0], seed=1, max_new_tokens=6, do_sample=True)
+    plots, table = plots_of(result, edit), table_of(result)
+    assert plots["x"] == [-2.0, 4.0]
+    assert plots["panels"][1]["series"][0]["y"] == [row.kl for row in result.rows]
+    assert [row["name"] for row in table["rows"]] == ["-2", "4", "unedited"]
+    assert [row["cells"][-1] for row in table["rows"][:2]] == [
+        one_line(visible(r.generation.text)) for r in result.rows
+    ]
+    json.dumps([plots, table], allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "0 strengths"), ("a", "'a' are not understood"), ("1 " * 17, "17 strengths")]
+)
+def test_strengths_are_checked(text, message):
+    with pytest.raises(ArgumentError, match=message):
+        numbers(text, 16)
+
+
+def test_a_sweep_that_is_left_frees_the_model():
+    ids = prompt_ids(tiny(), PROMPT, LIMITS)
+    before = tiny().generate(PROMPT, max_new_tokens=5, do_sample=False).text
+
+    def work(progress: Progress) -> Any:
+        criteria = StoppingCriteriaList([Counting(progress, len(ids))])
+        return tiny().sweep(ids, steer(3, 1.0, site=SITES[0]), [1.0], stopping_criteria=criteria, max_new_tokens=450)
+
+    with contextlib.closing(in_background(work)) as parts:
+        assert next(said for said in parts if said is not None) > 0
+    assert not any(thread.name == "saehook-work" for thread in threading.enumerate())
+    assert tiny().generate(PROMPT, max_new_tokens=5, do_sample=False).text == before
+
+
+def test_work_in_the_background_can_be_left():
+    began, left = threading.Event(), threading.Event()
+
+    def work(progress: Progress) -> None:
+        began.set()
+        try:
+            while True:
+                progress("busy")
+                time.sleep(0.01)
+        except Cancelled:
+            left.set()
+            raise
+
+    parts = in_background(work)
+    assert next(parts) == "busy"
+    assert began.is_set()
+    parts.close()
+    assert left.is_set()
+    assert [part.result for part in in_background(lambda progress: 7) if isinstance(part, Done)] == [7]
+    with pytest.raises(LatentError):
+        list(in_background(lambda progress: tiny().saes[SITES[0]].check_latents((96,))))
 
 
 def test_text_becomes_visible():
@@ -244,14 +410,15 @@ def test_text_becomes_visible():
 # --- lanes ---------------------------------------------------------------------------------------------------------------
 
 
-def lanes_of(edits: Program, new_tokens: int = 8) -> list[list[dict]]:
+def lanes_of(edits: Program, new_tokens: int = 8, chosen: Any = CHOSEN) -> list[list[dict]]:
     sampling = Sampling(True, 0.9, new_tokens, 4)
-    return list(run_lanes(tiny(), prompt_ids(tiny(), PROMPT, LIMITS), edits, sampling, LIMITS))
+    return list(run_lanes(tiny(), prompt_ids(tiny(), PROMPT, LIMITS), edits, sampling, LIMITS, chosen))
 
 
 def test_lanes_are_three_generations_with_one_seed():
     edits = Program(edits=(steer(3, 4.0, site=SITES[0]),))
-    *_, (base, spliced, edited) = lanes_of(edits)
+    *_, (base, spliced, edited, control) = lanes_of(edits)
+    assert "not chosen" in control["status"]
     arguments = {"max_new_tokens": 8, "do_sample": True, "temperature": 0.9, "seed": 4}
     for lane, more in ((base, {}), (spliced, {"splice": True}), (edited, {"edits": edits.edits})):
         expected = tiny().generate(PROMPT, **more, **arguments)
@@ -262,7 +429,9 @@ def test_lanes_are_three_generations_with_one_seed():
     assert edited["notes"][0]["text"].startswith("edit 1: add 3 4 at layers.0.resid_post (every token): dose ‖Δ‖/‖x‖ ")
     assert "on 19 tokens" in edited["notes"][0]["text"]
     states = [[lane["state"] for lane in value] for value in lanes_of(edits)]
-    assert states[0] == ["running", "waiting", "waiting"]
+    assert states[0] == ["running", "waiting", "waiting", "idle"]
+    *_, lanes = lanes_of(edits, chosen=["Edited", "Control"])
+    assert lanes[3]["notes"][0]["text"].endswith(lanes[2]["notes"][0]["text"].partition("dose")[2])
 
 
 def test_without_edits_the_third_lane_is_not_run():
@@ -289,22 +458,23 @@ def test_stop_marks_what_was_running():
     assert all(not isinstance(value, dict) or "__type__" in value for value in marked[1:])
 
 
-def test_python_that_repeats_a_run_repeats_it(capsys, monkeypatch):
+@pytest.mark.parametrize("norm", [None, "preserve"])
+def test_python_that_repeats_a_run_repeats_it(capsys, monkeypatch, norm):
     edits = Program(
-        edits=(steer(3, 4.0, site=SITES[0], where=generation()), ablate([1, 2], site=SITES[1])), error="drop"
+        edits=(steer(3, 4.0, site=SITES[0], where=generation()), ablate([1, 2], site=SITES[1])), error="drop", norm=norm
     )
-    code = snippet(tiny(), 'a "quoted" \n prompt', edits, Sampling(True, 0.9, 6, 4), {SITES[0]: "path/of/sae"})
+    code = python_for(tiny(), 'a "quoted" \n prompt', edits, Sampling(True, 0.9, 6, 4, 0.9), {SITES[0]: "path/of/sae"})
     assert f"{SITES[0]!r}: saehook.load_sae('path/of/sae')" in code
     monkeypatch.setattr(saehook.HookedModel, "from_pretrained", lambda _: tiny().model)
     monkeypatch.setattr(saehook, "load_sae", lambda path: tiny().saes[SITES[0 if path == "path/of/sae" else 1]])
     exec(code, {})
     expected = tiny().generate(
         'a "quoted" \n prompt',
-        edits=edits.edits,
-        error="drop",
+        edits=edits,
         max_new_tokens=6,
         do_sample=True,
         temperature=0.9,
+        top_p=0.9,
         seed=4,
     )
     assert capsys.readouterr().out == f"{expected.text}\n{expected.report}\n"
@@ -317,10 +487,34 @@ def test_python_that_repeats_a_run_repeats_it(capsys, monkeypatch):
         (clamp([3, 4], 1 / 3, where=tokens(0, -1)), "clamp([3, 4], 0.3333333333333333, where=saehook.tokens(0, -1))"),
         (scale(3, -2, where=prompt()), "scale(3, -2, where=saehook.prompt())"),
         (ablate(3, site="x"), "ablate(3, site='x')"),
+        (swap(3, 4, where=matching(r"\w")), "swap(3, 4, where=saehook.Where(pattern='\\\\w'))"),
+        (
+            steer(3, 1.0, active_only=True, schedule=Schedule.steps(1, 0)),
+            "steer(3, 1, active_only=True, schedule=saehook.Schedule(line=None, rate=None, factors=(1.0, 0.0)))",
+        ),
+        (ablate(3, when=latent(5) > 1.0), None),
     ],
 )
 def test_code_of_an_edit(edit, code):
     assert edit_code(edit) == code
+
+
+def test_a_shell_command_that_repeats_a_run():
+    edits = Program(edits=[ablate(3, site=SITES[0], where=matching("'"))])
+    text = shell_for(tiny(), "it's\n$HOME", edits, Sampling(True, 0.9, 6, 4), {site: f"at/{site}" for site in SITES})
+    file, command = text.removeprefix("cat > program.json <<'END'\n").split("\nEND\n")
+    assert Program.from_json(file) == edits
+    words = shlex.split(command)
+    assert words[:3] == ["saehook", "generate", "it's\n$HOME"]
+    parsed = cli._parser().parse_args(words[1:])
+    assert parsed.sae == [f"at/{site}" for site in SITES]
+    assert (parsed.edits, parsed.lm, parsed.temperature, parsed.seed, parsed.max_new_tokens) == (
+        "program.json",
+        "tiny",
+        0.9,
+        4,
+        6,
+    )
 
 
 def test_messages_are_escaped_and_others_hidden(caplog):
@@ -354,9 +548,40 @@ def client(url) -> Client:
     return Client(url, verbose=False, analytics_enabled=False)
 
 
-def test_only_two_endpoints_are_named(client):
+def test_endpoints_are_named_and_described(client):
     named = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(named) == {"/read", "/generate"}
+    expected = "read inspect generate sweep attribute latent latents_for_token latents_here_not_there".split()
+    assert set(named) == {f"/{name}" for name in expected}
+    for name, endpoint in named.items():
+        assert endpoint["description"], name
+        assert all(parameter["parameter_name"] != "self" for parameter in endpoint["parameters"])
+
+
+def test_client_inspects(client):
+    edits = Program(edits=[steer(3, 4.0, site=SITES[0])])
+    facts = inspect_text(tiny(), PROMPT, SITES[0], edits)
+    result = client.predict(PROMPT, SITES[0], edits.to_json(), api_name="/inspect")
+    assert result["loss_edited"][1:] == pytest.approx(facts.loss_edited[1:].tolist(), abs=1e-5)
+    assert result["loss"][0] is None
+    assert [token["id"] for token in result["next_tokens"]] == [token.id for token in facts.next_tokens[-1]]
+
+
+def test_client_sweeps_and_attributes(client):
+    edits = Program(edits=[steer(3, 4.0, site=SITES[0])])
+    result = client.predict(PROMPT, edits.to_json(), "1, 2", "", 4, api_name="/sweep")
+    expected = tiny().sweep(PROMPT, edits.edits[0], [1.0, 2.0], max_new_tokens=4, do_sample=False)
+    assert [row["text"] for row in result["rows"]] == [row.generation.text for row in expected.rows]
+    result = client.predict(PROMPT, "e", api_name="/attribute")
+    expected = tiny().attribute(PROMPT, Logit("e"), by_token=False).top(20, sign=1)
+    assert [one["latent"] for one in result["raise"]] == [one.latent for one in expected]
+
+
+def test_client_finds_latents(client):
+    card = client.predict(5, SITES[0], api_name="/latent")
+    assert card["neighbours"][0]["latent"] == latent_card(tiny(), 5, SITES[0]).neighbours[0].latent
+    found = client.predict("e", SITES[0], api_name="/latents_for_token")
+    assert found[0]["cosine"] >= found[1]["cosine"]
+    assert client.predict("abc", "abc", SITES[0], api_name="/latents_here_not_there") == []
 
 
 def test_client_reads(client):
@@ -416,7 +641,7 @@ def test_a_cancelled_job_frees_the_model(client):
         (("/read", PROMPT, "layers.0.resid_pots"), "layers.0.resid_post"),
         (("/generate", PROMPT, "", 1000), "1000 new tokens were asked for; this page allows 1 to 350"),
         (("/generate", PROMPT, "{}"), r"lacks \['edits', 'schema'\]"),
-        (("/generate", PROMPT, "x" * 30_000), "30000 characters"),
+        (("/generate", PROMPT, "x" * 130_000), "130000 characters"),
         (
             ("/generate", PROMPT, Program(edits=(steer(700, 1.0, site=SITES[0]),)).to_json()),
             r"latent 700 is outside 0..95",
@@ -456,6 +681,18 @@ def test_a_foreign_host_is_refused(url):
 @pytest.mark.parametrize("path", ["/etc/passwd", "pyproject.toml", "..%2f..%2fetc/passwd"])
 def test_no_files_are_served(url, path):
     assert get(f"{url}gradio_api/file={path}") in {403, 404}
+
+
+def test_nothing_large_can_be_uploaded(url):
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.safetensors"\r\n\r\n'
+        + b"0" * 5000
+        + b"\r\n--x--\r\n"
+    )
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(f"{url}gradio_api/upload", body, headers), timeout=20)
+    assert caught.value.code == 413
 
 
 def test_telemetry_is_off(url):

@@ -15,16 +15,17 @@ PACKAGE = Path(__file__).resolve().parent.parent / "saehook"
 # line. `kernels/*` means every file of that folder; these may import each other.
 LAYERS = [
     "errors metrics kernels/*",
-    "config corpus hub dataset_text bundle files gguf loggers fields metrics_log formats/*",
+    "config corpus hub dataset_text bundle files gguf loggers fields metrics_log visible_text token_html formats/*",
     "losses activation_fns where conditions schedules interventions site_spellings sites conversation "
     "tokenization sweep run_state plan",
     "sae sparse_acts images row_text positions optim batches prefix intervals splice_losses tracks readback "
     "program_file",
-    "checkpoint writers reconstruction eval_result row_edits edit_blocks editing results edit_plan full_report "
-    "sampling_noise calibration methods",
+    "checkpoint latent_notes writers reconstruction eval_result row_edits edit_blocks editing results edit_plan "
+    "full_report sampling_noise calibration methods",
     "runs attribution dose_response kl_strength hooked_saes hooked_model fit streaming sae_run trainer",
-    "harvest activation_cache lm_head evaluation latent_stats kl_tuning replay export neuronpedia",
-    "charts model_card page reports eval_report training_run suite/* adapters/*",
+    "harvest activation_cache lm_head evaluation latent_stats inspection continuation kl_tuning replay export "
+    "neuronpedia",
+    "charts model_card page reports eval_report training_run dashboards latent_page latent_search suite/* adapters/*",
     "app/*",
     "commands/* cli __main__ __init__",
 ]

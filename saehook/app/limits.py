@@ -18,10 +18,16 @@ class Limits:
     """Longest prompt, in tokens."""
     new_tokens: int = 200
     """Most new tokens per lane."""
-    edits: int = 4
-    """Rows for edits."""
+    edits: int = 8
+    """Edits of one program."""
     strength: float = 1e5
     """Largest absolute value of an edit's strength."""
+    strengths: int = 16
+    """Strengths of one sweep."""
+    exact_tokens: int = 64
+    """Longest prompt whose latents are ablated one by one."""
+    scan_tokens: int = 100_000
+    """Most tokens of text that are scanned for a latent."""
     seconds: float = 60.0
     """Longest time for one lane."""
     queue: int = 16

@@ -1,17 +1,17 @@
-"""A text that has been read: tokens, and which latents fire where. Small enough to stay with a visitor's page."""
+"""A text that has been read: its tokens made visible, and what the model makes of them. Small enough to stay with a visitor's
+page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from saehook.app.limits import Limits
-from saehook.app.visible_text import visible_token
 from saehook.errors import ArgumentError, ContextLengthError
 from saehook.hooked_saes import HookedSAEs
-from saehook.results import LatentHit
+from saehook.inspection import Inspection, inspect_text
+from saehook.interventions import Program
+from saehook.visible_text import visible_token
 
 SHOWN = 20
 """Rows of a table of latents."""
@@ -19,52 +19,23 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Reading:
-    """Latents of one text at one site."""
+    """One text at one site."""
 
-    site: str
-    ids: list[int]
+    facts: Inspection
     tokens: list[str]
     """The tokens, made visible."""
-    mask: list[bool]
-    """False outside the mask (`Latents.mask`)."""
-    top: list[LatentHit]
-    """The strongest latents of the text, at most `SHOWN`."""
-    n_active: int
-    """How many latents fire in it."""
-    top_at: list[list[LatentHit]]
-    """The strongest latents of each token, at most `SHOWN`."""
-    n_active_at: list[int]
-    """How many fire on each token."""
-    fired: tuple[np.ndarray, np.ndarray, np.ndarray]
-    """(positions, latents, activations) of all that fire, also outside the mask."""
 
-    def activations(self, latent: int) -> list[float]:
-        """What one latent does on each token."""
-        values = [0.0] * len(self.ids)
-        positions, latents, acts = self.fired
-        for i in np.flatnonzero(latents == latent):
-            values[int(positions[i])] = float(acts[i])
-        return values
+    @property
+    def site(self) -> str:
+        """The attached SAE meant."""
+        return self.facts.site
 
 
-def read(hooked: HookedSAEs, prompt: str, site: str | None, limits: Limits) -> Reading:
-    """Run the model up to the site and keep what fires."""
+def read(hooked: HookedSAEs, prompt: str, site: str | None, limits: Limits, program: Program | None = None) -> Reading:
+    """What the model makes of a text, by itself, spliced, and under the program."""
     ids = prompt_ids(hooked, prompt, limits)
-    latents = hooked.latents(ids, site)
-    acts = latents.acts.float().cpu()
-    positions, columns = acts.nonzero(as_tuple=True)
-    every = latents.top(acts.shape[1])
-    return Reading(
-        site=latents.site,
-        ids=ids,
-        tokens=[visible_token(hooked.tokenizer, i) for i in ids],
-        mask=latents.mask.tolist(),
-        top=every[:SHOWN],
-        n_active=len(every),
-        top_at=[latents.at(i, SHOWN) for i in range(len(ids))],
-        n_active_at=latents.l0().tolist(),
-        fired=(positions.int().numpy(), columns.int().numpy(), acts[positions, columns].numpy()),
-    )
+    facts = inspect_text(hooked, ids, site, program or Program())
+    return Reading(facts, [visible_token(hooked.tokenizer, i) for i in ids])
 
 
 def prompt_ids(hooked: HookedSAEs, prompt: str, limits: Limits, new_tokens: int = 0) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,20 +14,17 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from saehook.app.limits import Limits
 from saehook.app.page import build_app
+from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
 #introduction h1 { margin-bottom: 4px; }
 .step h2 { margin: 8px 0 0; }
-#strip .html-container, #table .html-container, #lanes .html-container { padding: 0; }
+.gradio-container .html-container { padding: 0 !important; }
 .bottom > button { align-self: flex-end; }
-.edit-row > [id$="-on"] { align-self: stretch; display: flex; flex-direction: column; justify-content: flex-end; }
-#edit-1 .sr-only { position: static !important; width: auto; height: auto; clip: auto; clip-path: none; margin: 6px 10px 0;
-  display: block !important; white-space: nowrap; color: var(--block-label-text-color); font-size: var(--block-info-text-size); }
-.edit-row { background: var(--block-background-fill); }
 #settings .form, #lanes { flex-wrap: wrap; }
-#settings .form > * { min-width: 140px !important; }
+#settings .form > * { min-width: 170px !important; }
 #lanes > .block { min-width: min(260px, 100%) !important; }
 #lanes .block, #lanes .html-container, #lanes .html-container > div { display: flex; flex-direction: column; flex: 1 1 0; }
 #lanes .html-container, #lanes .html-container > div { min-height: 0; flex-basis: auto; }
@@ -41,6 +39,7 @@ def serve(
     allowed_hosts: Sequence[str] = (),
     limits: Limits | None = None,
     sae_paths: Mapping[str, Any] | None = None,
+    mcp: bool = False,
     block: bool = True,
     quiet: bool = False,
 ) -> gr.Blocks:
@@ -52,7 +51,13 @@ def serve(
         allowed_hosts: names under which the page may be asked for, beside `host` and this machine's own; a request for another
             name is refused (a foreign web page could otherwise use the visitor's browser to reach this one).
         sae_paths: see `build_app`.
+        mcp: offer the named endpoints to language models, too, by the Model Context Protocol (`pip install 'gradio[mcp]'`).
+
+    Raises:
+        ArgumentError: `mcp` without its packages.
     """
+    if mcp and importlib.util.find_spec("mcp") is None:
+        raise ArgumentError("mcp=True needs packages that are not there. Run: pip install 'gradio[mcp]'.")
     app = build_app(hooked, limits=limits, sae_paths=sae_paths)
     hosts = list(dict.fromkeys(["127.0.0.1", "localhost", host, *allowed_hosts]))
     app.launch(
@@ -64,7 +69,7 @@ def serve(
         allowed_paths=[],
         max_file_size="1kb",
         enable_monitoring=False,
-        mcp_server=False,
+        mcp_server=mcp,
         pwa=False,
         ssr_mode=False,
         run_history=False,

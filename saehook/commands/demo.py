@@ -35,6 +35,9 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add_json(sub)
     sub.add_argument("--host", default="127.0.0.1", help="address to serve on (default: this machine only)")
     sub.add_argument("--port", type=int, default=7860, help="port to serve on (default: 7860)")
+    sub.add_argument(
+        "--mcp", action="store_true", help="offer the page's endpoints by MCP, too (pip install 'gradio[mcp]')"
+    )
     sub.add_argument("--no-serve", action="store_true", help="only evaluate")
 
 
@@ -54,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from saehook.app import serve
 
     print(f"serving on http://{arguments.host}:{arguments.port} - stop with Ctrl-C", flush=True)
-    page = serve(hooked, host=arguments.host, port=arguments.port, sae_paths=folders, block=False)
+    page = serve(hooked, host=arguments.host, port=arguments.port, sae_paths=folders, mcp=arguments.mcp, block=False)
     print("\nmeasured again here, while the page is up:", flush=True)
     measure(hooked, folders, text, arguments)
     page.block_thread()

@@ -54,6 +54,13 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--max-new-tokens", type=whole_number, default=64, metavar="N", help="default: 64")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    sub.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens of this probability (default: all)",
+    )
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     sub.add_argument(
         "--report",
@@ -90,7 +97,9 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"note: {difference}", file=sys.stderr)
     program = dataclasses.replace(program, edits=[*program.edits, *_edits(arguments)])
     sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
+        {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
+        if arguments.temperature > 0
+        else {"do_sample": False}
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)  # said below

@@ -27,7 +27,9 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def browser():
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=20_000)  # machines differ
 
     chromium = shutil.which("chromium")
     assert chromium, "these tests need Debian's chromium: apt-get install chromium fonts-dejavu-core"
@@ -42,7 +44,7 @@ def visit(browser, url) -> Iterator[Callable]:
     """`visit(query)` opens the page for one more visitor. In the end no page may have had an error or asked elsewhere."""
     contexts, outside, errors = [], [], []
 
-    def open_page(query: str = "?__theme=light"):
+    def open_page(query: str = "?__theme=light", wait: str = "#strip .token"):
         context = browser.new_context(viewport={"width": 1280, "height": 900})
         contexts.append(context)
         page = context.new_page()
@@ -51,7 +53,7 @@ def visit(browser, url) -> Iterator[Callable]:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.goto(url + query)
-        page.locator("#strip .token").first.wait_for()
+        page.locator(wait).first.wait_for()
         return page
 
     yield open_page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -10,8 +11,11 @@ import pytest
 from app_fixtures import HOSTILE, SITES, tiny
 from playwright.sync_api import Page, expect
 
-from saehook import steer
-from saehook.app.visible_text import visible, visible_token
+from saehook import Program, ablate, latent, steer
+from saehook.attribution import Logit
+from saehook.dashboards import latent_card
+from saehook.latent_search import latents_for_token
+from saehook.visible_text import one_line, visible, visible_token
 
 pytestmark = [
     pytest.mark.browser,
@@ -35,12 +39,17 @@ def read(page: Page, text: str) -> None:
     )
 
 
-def edit(page: Page, number: int, latent: int, strength: float, unit: str) -> None:
-    """Fill a row of the edits with the mouse."""
-    page.locator(f"#edit-{number}-on input").check()
-    page.locator(f"#edit-{number}-latent input").fill(str(latent))
-    page.locator(f"#edit-{number}-strength input").fill(str(strength))
-    choose(page, f"#edit-{number}-unit", unit)
+def edit(page: Page, latent: int | str, strength: float, unit: str) -> None:
+    """Add an edit at the first site."""
+    page.locator("#add-edit").click()
+    number = page.locator("#editor li").count()
+    page.locator(f"#edit-{number}-latent").fill(str(latent))
+    page.locator(f"#edit-{number}-strength").fill(str(strength))
+    page.locator(f"#edit-{number}-unit").select_option(unit)
+
+
+def tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
 
 
 def choose(page: Page, dropdown: str, option: str) -> None:
@@ -49,11 +58,13 @@ def choose(page: Page, dropdown: str, option: str) -> None:
 
 
 def set_new_tokens(page: Page, n: int) -> None:
+    tab(page, "Generate")
     page.locator("#new-tokens input[type=number]").fill(str(n))
     page.locator("#new-tokens input[type=number]").press("Tab")
 
 
 def generate(page: Page) -> None:
+    tab(page, "Generate")
     page.locator("#generate").click()
     expect(page.locator("#lane-edited .lane")).to_have_attribute("data-state", "done", timeout=60_000)
 
@@ -103,9 +114,9 @@ def test_from_reading_to_three_lanes(visit):
     expect(page.locator("#strip .token").nth(3)).to_have_attribute("title", re.compile(f"latent {chosen}: [0-9.]+"))
 
     page.locator("#to-edit").click()
-    expect(page.locator("#edit-1-on input")).to_be_checked()
-    expect(page.locator("#edit-1-latent input")).to_have_value(str(chosen))
-    page.locator("#edit-1-strength input").fill("0.75")
+    expect(page.locator("#edit-1-on")).to_be_checked()
+    expect(page.locator("#edit-1-latent")).to_have_value(str(chosen))
+    page.locator("#edit-1-strength").fill("0.75")
     generate(page)
     edits = [steer(chosen, 0.75, unit="norm", site=SITES[0])]
     assert lane_text(page, "base") == expected_text()
@@ -116,21 +127,146 @@ def test_from_reading_to_three_lanes(visit):
     expect(page.locator("#lane-edited .dose")).to_contain_text(f"dose ‖Δ‖/‖x‖ 0.750 on {tokens} tokens")
     expect(page.locator("#lane-edited .warning")).to_contain_text("0.75 × the activation")
     expect(page.locator("#lane-base .notes li")).to_have_count(0)
-    page.get_by_text("Python that repeats the edited lane").click()
+    page.get_by_text("JSON, Python, shell, link").click()
     expect(page.locator("#snippet .cm-content")).to_contain_text(
         f"steer({chosen}, 0.75, unit='norm', site='{SITES[0]}')"
     )
 
     page.locator("#clear").click()
-    expect(page.locator("#edit-1-on input")).not_to_be_checked()
-    expect(page.locator("#edit-1-latent input")).to_have_value("")
+    expect(page.locator("#editor li")).to_have_count(0)
+
+
+def test_a_link_restores_all_and_runs_nothing(visit):
+    page = visit()
+    read(page, PROMPT)
+    page.locator("#latent input").fill("7")
+    edit(page, "3, 5", 4, "raw")
+    page.locator("#edit-1-where").select_option("tokens")
+    page.locator("#edit-1-place").fill("0, -1")
+    page.locator("#error").select_option("drop")
+    program = Program(edits=[ablate(3, site=SITES[0], when=latent(5, site=SITES[0]) > 1.0)])
+    edit(page, 9, 1, "raw")
+    page.locator("#edit-2-as-json").click()
+    page.locator("#edit-2-json").fill(json.dumps(program.edits[0].to_data()))
+    page.locator("#edit-2-on").uncheck()
+    set_new_tokens(page, 5)
+    page.get_by_text("JSON, Python, shell, link").click()
+    page.locator("#copy-link").click()
+    expect(page.locator("#link textarea, #link input")).to_have_value(re.compile(r"\?s=\S+"))
+
+    other = visit("?" + page.url.partition("?")[2], wait="#new-tokens")
+    expect(other.locator("#new-tokens input[type=number]")).to_have_value("5")
+    expect(other.locator("#prompt textarea")).to_have_value(PROMPT)
+    expect(other.locator("#latent input")).to_have_value("7")
+    expect(other.locator("#edit-1-latent")).to_have_value("3, 5")
+    expect(other.locator("#edit-1-place")).to_have_value("0, -1")
+    expect(other.locator("#error")).to_have_value("drop")
+    expect(other.locator("#edit-2-on")).not_to_be_checked()
+    assert json.loads(other.locator("#edit-2-json").input_value()) == program.edits[0].to_data(), "no control shows it"
+    expect(other.locator("#lane-base .lane")).to_have_attribute("data-state", "idle")
+    tab(other, "Inspect")
+    expect(other.locator("#table caption")).to_have_text("Read the prompt to see its latents.")
+
+    other.locator("#preset-name").fill("<b>mine")
+    other.locator("#save-preset").click()
+    other.locator("#clear").click()
+    other.locator("#preset").select_option("<b>mine")
+    expect(other.locator("#edit-1-latent")).to_have_value("3, 5")
+    expect(other.locator("#editor li")).to_have_count(2)
+
+
+def test_strengths_are_swept_and_taken_over(visit):
+    page = visit()
+    read(page, PROMPT)
+    page.locator("#latent input").fill("3")
+    set_new_tokens(page, 6)
+    tab(page, "Sweep")
+    page.locator("#sweep-strengths input").fill("-0.5, 0.5, 2")
+    page.locator("#sweep").click()
+    expect(page.locator("#sweep-table tbody tr")).to_have_count(4, timeout=60_000)
+    edits = steer(3, 1.0, unit="norm", site=SITES[0])
+    arguments = {**SAMPLED, "max_new_tokens": 6}
+    result = tiny().sweep(tiny().tokenizer(PROMPT)["input_ids"], edits, [-0.5, 0.5, 2.0], **arguments)
+    expect(page.locator("#sweep-table tbody tr").nth(2).locator("td").last).to_have_text(
+        one_line(visible(result.rows[2].generation.text)), use_inner_text=False
+    )
+    page.locator("#sweep-plots circle[data-key='1']").first.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#edit-1-strength")).to_have_value("0.5")
+    page.locator("#sweep-table tbody tr").nth(2).click()
+    expect(page.locator("#edit-1-strength")).to_have_value("2")
+    expect(page.locator("#editor li")).to_have_count(1)
+
+
+def test_latents_behind_a_next_token(visit):
+    page = visit()
+    read(page, PROMPT)
+    tab(page, "Attribution")
+    page.locator("#attribution-token input").fill("e")
+    page.locator("#attribute").click()
+    expect(page.locator("#attribution-up caption")).to_contain_text("Raise “e” (logit")
+    found = tiny().attribute(PROMPT, Logit("e"), by_token=False)
+    for side, sign in (("up", 1), ("down", -1)):
+        names = [str(one.latent) for one in found.top(15, sign=sign)]
+        expect(page.locator(f"#attribution-{side} tbody button")).to_have_text(names)
+    last = found.top(15, sign=-1)[-1]
+    page.locator("#attribution-down tbody tr").last.click()
+    expect(page.locator("#latent input")).to_have_value(str(last.latent))
+    expect(page.locator("#site input")).to_have_value(last.site)
+
+
+def test_facts_and_contexts_of_a_latent(visit):
+    page = visit()
+    read(page, HOSTILE[0])
+    page.locator("#latent input").fill("3")
+    tab(page, "Latent")
+    page.locator("#show-latent").click()
+    card = latent_card(tiny(), 3, SITES[0])
+    expect(page.locator("#facts caption")).to_contain_text(f"Latent 3 of 96 at {SITES[0]}")
+    expect(page.locator("#near tbody button")).to_have_text([str(one.latent) for one in card.neighbours])
+    choose(page, "#scan-text", "the prompt, line by line")
+    fires = tiny().latents(HOSTILE[0], SITES[0]).top(1)[0].latent
+    page.locator("#latent input").fill(str(fires))
+    page.locator("#scan").click()
+    expect(page.locator("#scan-plots figcaption")).to_contain_text("100% read")
+    expect(page.locator("#contexts .piece.top").first).to_be_visible()
+    with page.expect_download() as download:
+        page.locator("#export-latent").click()
+    assert f"Latent {fires} of 96" in download.value.path().read_text()
+    page.locator("#label input").fill("<b>label")
+    page.locator("#save-note").click()
+    expect(page.locator(".toast-body")).to_contain_text("came from no folder")
+    tab(page, "Search")
+    page.locator("#search-token input").fill("e")
+    page.locator("#by-token").click()
+    expect(page.locator("#found tbody button").first).to_have_text(
+        str(latents_for_token(tiny(), "e", SITES[0])[0].latent)
+    )
+    tab(page, "SAE card")
+    expect(page.locator("#card caption")).to_have_text(f"SAE at {SITES[0]}")
+    assert page.locator("#contexts img, #contexts script, .toast-body b").count() == 0
+    assert page.evaluate("typeof window.PWN") == "undefined"
+
+
+def test_a_range_of_tokens_and_other_colours(visit):
+    page = visit()
+    read(page, PROMPT)
+    page.locator("#strip .token").nth(2).click()
+    page.locator("#strip .token").nth(5).click(modifiers=["Shift"])
+    expect(page.locator("#table caption")).to_contain_text("Strongest latents of tokens 2 to 5")
+    expect(page.locator("#strip .token.selected")).to_have_count(4)
+    choose(page, "#colour", "loss, nats")
+    expect(page.locator("#strip .legend")).to_contain_text("loss, nats: from 0 to")
+    page.locator("#numbers input").check()
+    expect(page.locator("#strip .token small")).to_have_count(len(PROMPT) - 1)
+    expect(page.locator("#next caption")).to_contain_text("Likeliest tokens after token 5")
 
 
 def test_an_edit_without_effect_says_so(visit):
     page = visit()
     read(page, PROMPT)
     set_new_tokens(page, 3)
-    edit(page, 2, 5, 0, "raw")
+    edit(page, 5, 0, "raw")
     generate(page)
     expect(page.locator("#lane-edited .note")).to_contain_text("changed nothing on the")
     assert lane_text(page, "edited") == lane_text(page, "base")
@@ -138,16 +274,20 @@ def test_an_edit_without_effect_says_so(visit):
 
 def test_mistakes_are_explained(visit):
     page = visit()
-    edit(page, 1, 700, 0.5, "raw")
+    edit(page, 700, 0.5, "raw")
+    expect(page.locator("#problems")).to_contain_text("Edit 1: latent 700 is outside 0..95")
+    tab(page, "Generate")
     page.locator("#generate").click()
     expect(page.locator(".toast-body")).to_contain_text("Edit 1: latent 700 is outside 0..95")
-    page.locator("#latent input").fill("700")
-    expect(page.locator("#strip .legend")).to_contain_text("latent 700 is outside 0..95")
-    choose(page, "#edit-1-op", "ablate")
-    expect(page.locator("#edit-1-strength input")).to_be_disabled()
-    expect(page.locator("#edit-1-unit input")).to_be_disabled()
     page.locator("#sample input").uncheck()
     expect(page.locator("#temperature input[type=number]")).to_be_disabled()
+    page.locator("#edit-1-op").select_option("ablate")
+    expect(page.locator("#edit-1-strength")).to_have_count(0)
+    page.locator("#edit-1-latent").fill("7")
+    expect(page.locator("#problems li")).to_have_count(0)
+    tab(page, "Inspect")
+    page.locator("#latent input").fill("700")
+    expect(page.locator("#strip .legend")).to_contain_text("latent 700 is outside 0..95")
 
 
 def test_stop_ends_the_lane_at_once(visit):
@@ -161,18 +301,19 @@ def test_stop_ends_the_lane_at_once(visit):
     expect(page.locator("#lane-base .lane")).to_have_attribute("data-state", "stopped")
     expect(page.locator("#lane-spliced .lane")).to_have_attribute("data-state", "stopped")
     set_new_tokens(page, 60)
-    edit(page, 1, 3, 4.0, "raw")
+    edit(page, 3, 4.0, "raw")
     generate(page)
     assert lane_text(page, "edited") == expected_text(edits=[steer(3, 4.0, site=SITES[0])])
 
 
-def test_closing_the_tab_ends_the_run(visit):
+@pytest.mark.parametrize("leave", ["close", "reload"])
+def test_leaving_the_page_ends_the_run(visit, leave):
     page = visit()
     set_new_tokens(page, 400)
     page.locator("#generate").click()
     expect(page.locator("#lane-base .status")).to_contain_text(re.compile(r"[1-9]\d* of 400 tokens"))
     assert streams()
-    page.close()
+    getattr(page, leave)()
     wait_until(lambda: not streams())
 
 
@@ -184,13 +325,13 @@ def test_hostile_text_is_shown_as_it_is(visit, text):
     page.locator("#strip .token").nth(2).click()
     expect(page.locator("#table caption")).to_contain_text("token 2")
     set_new_tokens(page, 3)
-    page.locator("#edit-1-on input").check()
-    page.locator("#edit-1-latent input").fill(text.replace("\n", " "))
+    edit(page, text.replace("\n", " "), 1.0, "raw")
     page.locator("#generate").click()
     expect(page.locator(".toast-body")).to_contain_text("Edit 1: the latent")
     expect(page.locator(".toast-body")).to_contain_text(text.split()[0][:12])
     assert page.locator(".toast-body img, .toast-body b, .toast-body a, .toast-body script").count() == 0
-    edit(page, 1, 3, 4.0, "raw")
+    page.locator("#edit-1-remove").click()
+    edit(page, 3, 4.0, "raw")
     generate(page)
     shown = page.locator("#lane-edited .prompt").evaluate("node => node.textContent")
     assert shown == visible(tiny().tokenizer.decode(tiny().tokenizer(text)["input_ids"]))
@@ -203,8 +344,9 @@ def test_two_visitors_with_opposite_edits_get_their_solo_outputs(visit):
     strengths = (4.0, -4.0)
     for page, strength in zip(pages, strengths, strict=True):
         page.locator("#prompt textarea").fill(PROMPT)
-        edit(page, 1, 3, strength, "raw")
+        edit(page, 3, strength, "raw")
     for page in pages:
+        tab(page, "Generate")
         page.locator("#generate").click()
     for page, strength in zip(pages, strengths, strict=True):
         expect(page.locator("#lane-edited .lane")).to_have_attribute("data-state", "done", timeout=60_000)
@@ -216,24 +358,24 @@ def test_the_keyboard_is_enough(visit):
     page = visit()
     read(page, PROMPT)
     focused = page.locator(":focus")
-    page.locator("#read").focus()
-    page.keyboard.press("Tab")
-    expect(focused).to_have_class(re.compile("token"))
+    page.locator("#strip .token").first.focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     expect(page.locator("#table caption")).to_contain_text("token 2, “l”")
     expect(focused).to_have_attribute("data-index", "2")
+    page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Shift+Enter")
+    expect(page.locator("#table caption")).to_contain_text("tokens 2 to 3")
+    page.locator("#table tbody button").first.focus()
     page.keyboard.press("Tab")
-    expect(focused).to_have_attribute("data-latent", re.compile(r"\d+"))
-    page.keyboard.press("Tab")
-    latent = focused.inner_text()
+    number = focused.inner_text()
     page.keyboard.press("Enter")
-    expect(page.locator("#latent input")).to_have_value(latent)
-    expect(focused).to_have_text(latent)
+    expect(page.locator("#latent input")).to_have_value(number)
+    expect(focused).to_have_text(number)
     page.locator("#to-edit").focus()
     page.keyboard.press("Enter")
-    expect(page.locator("#edit-1-latent input")).to_have_value(latent)
+    expect(page.locator("#edit-1-latent")).to_have_value(number)
     set_new_tokens(page, 3)
     page.locator("#generate").focus()
     page.keyboard.press("Enter")
@@ -242,22 +384,25 @@ def test_the_keyboard_is_enough(visit):
 
 def test_controls_can_be_found_by_their_labels(visit):
     page = visit()
+    for _ in range(2):
+        page.locator("#add-edit").click()
     for label in (
         "Prompt",
         "Site",
         "Chosen latent",
-        "Latent",
-        "Strength",
+        "Colour by",
+        "Operation of edit 1",
         "Latent of edit 2",
-        "Seed",
-        "Edit 3",
-        "Sampling",
+        "Site of edit 2",
+        "Edit 2",
     ):
         expect(page.get_by_label(re.compile(rf"^\s*{label}(\s|$)")).first).to_be_visible()
-    for button in ("Read", "Edit this latent", "Clear edits", "Generate", "Stop"):
+    for button in ("Read", "Edit this latent", "Clear", "Remove edit 2", "Edit 2 as JSON"):
         expect(page.get_by_role("button", name=button, exact=True)).to_be_visible()
     expect(page.get_by_role("listbox", name="Tokens of the prompt")).to_be_visible()
+    tab(page, "Generate")
     expect(page.get_by_role("region", name="Spliced")).to_be_visible()
+    expect(page.get_by_label("Seed")).to_be_visible()
 
 
 def test_a_page_for_one_site_reads_the_other(visit):
@@ -268,7 +413,7 @@ def test_a_page_for_one_site_reads_the_other(visit):
     hit = tiny().latents(PROMPT, SITES[1]).top(1)[0]
     expect(page.locator("#latent input")).to_have_value(str(hit.latent))
     page.locator("#to-edit").click()
-    expect(page.locator("#edit-1-site input")).to_have_value(SITES[1])
+    expect(page.locator("#edit-1-site")).to_have_value(SITES[1])
 
 
 CONTRAST = """([text, behind]) => {
@@ -289,25 +434,24 @@ def test_text_can_be_read_in_both_themes(visit, theme):
     page = visit(f"?__theme={theme}")
     assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
     read(page, PROMPT)
+    edit(page, 3, 0.4, "norm")
     set_new_tokens(page, 3)
-    page.locator("#edit-1-on input").check()
-    page.locator("#edit-1-latent input").fill("3")
     generate(page)
+    check_contrast(page, "#lane-edited .lane", ".what", ".prompt", ".status", ".dose")
+    check_contrast(page, "#editor li", "label", "select", "input[type=number]", "button")
+    tab(page, "Inspect")
     strongest = page.locator("#strip .token").evaluate_all(
         "tokens => { const t = tokens.find(t => t.style.getPropertyValue('--share') === '1'); t.id = 'strongest'; }"
     )
     assert strongest is None
-    for text, behind in (
-        ("#strongest", "#strip .strip"),
-        ("#table caption", "#table .box"),
-        ("#table tbody td:nth-child(3)", "#table .box"),
-        ("#table tbody button", "#table .box"),
-        ("#lane-edited .what", "#lane-edited .lane"),
-        ("#lane-edited .prompt", "#lane-edited .lane"),
-        ("#lane-edited .status", "#lane-edited .lane"),
-        ("#lane-edited .dose", "#lane-edited .lane"),
-    ):
-        assert page.evaluate(CONTRAST, [text, behind]) >= 4.5, text
+    check_contrast(page, "#strip .strip", "#strongest")
+    check_contrast(page, "#table .box", "caption", "tbody td:nth-child(3)", "tbody button")
+
+
+def check_contrast(page: Page, behind: str, *texts: str) -> None:
+    for text in texts:
+        selector = text if text.startswith("#") else f"{behind} {text}"
+        assert page.evaluate(CONTRAST, [selector, behind]) >= 4.5, selector
 
 
 def test_nothing_is_wider_than_the_window(visit):
@@ -315,4 +459,6 @@ def test_nothing_is_wider_than_the_window(visit):
     for width in (1280, 700):
         page.set_viewport_size({"width": width, "height": 900})
         page.wait_for_timeout(300)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for name in ("Inspect", "Generate", "Sweep", "Attribution"):
+            tab(page, name)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, name

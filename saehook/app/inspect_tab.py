@@ -1,0 +1,240 @@
+"""The tab that reads: the prompt's tokens, coloured by a number of each, the latents that fire, and what comes next."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gradio as gr
+
+from saehook.app.messages import told_to_the_visitor
+from saehook.app.program_rows import program_of
+from saehook.app.reading import SHOWN, Reading, prompt_ids, read
+from saehook.app.shared import ON_MODEL, QUIET, Shared, on_table_select, one_latent, whole
+from saehook.app.table import empty_table, make_table
+from saehook.app.token_strip import NO_TOKENS, make_strip
+from saehook.errors import SaehookError
+from saehook.inspection import Inspection
+from saehook.sae import SAE
+from saehook.visible_text import one_line, visible
+
+HELP = """
+The tokens are coloured by the chosen latent: the bluer, the stronger it fires. Click a token (or go to it with the arrow keys and
+press Enter) for the latents of that token, with Shift for all up to it, and again for the whole text; choose a row of the table to
+colour the tokens by its latent.
+"""
+COLOURS = {
+    "chosen latent": "",
+    "L0: latents that fire": "l0",
+    "reconstruction error ‖x − x̂‖² / ‖x‖²": "error",
+    "loss, nats": "loss",
+    "loss spliced − loss, nats": "loss_spliced",
+    "loss edited − loss, nats": "loss_edited",
+    "KL to spliced, after the token, nats": "kl_spliced",
+    "KL to edited, after the token, nats": "kl_edited",
+}
+SORTS = {
+    "activation": lambda row: -row[0].activation,
+    "effect on the loss": lambda row: -abs(row[1]) if math.isfinite(row[1]) else math.inf,
+    "rarest first": lambda row: row[2],
+}
+UNREAD = "Read the prompt to see its latents."
+Span = tuple[int, int] | None
+"""Chosen tokens, from the first to before the second."""
+
+
+class InspectTab:
+    """The tab, and what happens in it."""
+
+    def __init__(self, shared: Shared) -> None:
+        """Its controls, inside the tab that is open."""
+        self.shared = shared
+        with gr.Row(elem_classes="bottom"):
+            colour = gr.Dropdown(list(COLOURS), value="chosen latent", label="Colour by", elem_id="colour", scale=3)
+            numbers = gr.Checkbox(False, label="Numbers", elem_id="numbers", scale=1, min_width=90)
+        self.strip = make_strip(NO_TOKENS, label="Tokens of the prompt", elem_id="strip")
+        gr.Markdown(HELP, elem_id="help")
+        with gr.Row(elem_classes="bottom"):
+            sort = gr.Dropdown(list(SORTS), value="activation", label="Latents by", elem_id="sort", min_width=130)
+            dense = gr.Slider(
+                0, 100, 100, step=0.5, label="Leave out those that fire on more than, %", elem_id="dense", min_width=160
+            )
+        self.table = make_table(empty_table(UNREAD), label="Strongest latents", elem_id="table")
+        self.next = make_table(empty_table(UNREAD), label="Next tokens", elem_id="next")
+        self.span = gr.State(None)
+        self.view = [shared.latent, self.span, colour, numbers, sort, dense, shared.site]
+        self.shown = [self.strip, self.table, self.next]
+        state = [shared.reading, *self.view]
+        controls = [control.change for control in (shared.latent, colour, numbers, sort)]
+        gr.on([*controls, dense.release], self.show, state, self.shown, **QUIET)
+        self.table.select(on_table_select, None, shared.latent, **QUIET)
+        self.strip.select(self.on_strip_select, state, [self.span, *self.shown], **QUIET)
+
+    def reads_on(self, triggers: list[Any]) -> None:
+        """Read the prompt when one of these happens."""
+        shared = self.shared
+        gr.on(
+            triggers, self.on_read, [shared.prompt, shared.site, shared.editor, *self.view],
+            [shared.reading, self.span, shared.latent, *self.shown],
+            api_visibility="private", show_progress="minimal", show_progress_on=self.table, **ON_MODEL,
+        )  # fmt: skip
+
+    def start(self, prompt: str) -> None:
+        """The page opens with a text that has been read."""
+        shared = self.shared
+        reading, _, latent, *shown = self.on_read(prompt, shared.hooked.sites[0], {"rows": []}, "", None)
+        shared.reading.value, shared.latent.value = reading, latent
+        for component, value in zip(self.shown, shown, strict=True):
+            component.value = value
+
+    def on_read(self, prompt: str, site: str, value: Any, chosen: str, span: Span, *view: Any) -> tuple[Any, ...]:
+        """A text is read, and coloured by its strongest latent."""
+        shared = self.shared
+        with told_to_the_visitor():
+            n_prompt = len(prompt_ids(shared.hooked, prompt, shared.limits))
+            program = program_of(shared.hooked, value, shared.limits, n_prompt)
+            reading = read(shared.hooked, prompt, site, shared.limits, program)
+            top, _ = reading.facts.strongest(1)
+            latent = str(top[0].latent) if top else ""
+            return reading, None, latent, *self.show(reading, latent, None, *view)
+
+    def show(
+        self, reading: Reading | None, chosen: str, span: Span, colour: str = "", numbers: bool = False,
+        sort: str = "activation", dense: float = 100, site: str = "",
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        """Values of the strip and the tables."""
+        if reading is None:  # not read yet, or forgotten: the page was open for long
+            return NO_TOKENS, empty_table(UNREAD), empty_table("")
+        if site and site != reading.site:
+            caption = f"The text was read at {reading.site}. Press Read for {site}."
+            return (
+                {**strip_value(reading, None, span), "legend": caption},
+                empty_table(caption),
+                next_value(reading, span),
+            )
+        sae = self.shared.hooked.saes[reading.site]
+        latent, problem = None, None
+        try:
+            latent = one_latent(chosen, sae)
+        except SaehookError as error:
+            problem = str(error)
+        strip = strip_value(reading, latent, span, COLOURS.get(colour, ""), colour, bool(numbers))
+        if problem and chosen and not COLOURS.get(colour):
+            strip["legend"] = problem
+        table = table_value(
+            reading, sae, latent, span, sort if sort in SORTS else "activation", float(dense or 0) / 100
+        )
+        return strip, table, next_value(reading, span)
+
+    def on_strip_select(
+        self, reading: Reading | None, chosen: str, span: Span, colour: str, numbers: bool, sort: str, dense: float, site: str,
+        event: gr.EventData,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """A token is chosen, and its latents are listed; with Shift, all from the one before; the same token again: none."""
+        chosen_tokens = [whole(event, name) for name in ("index", "anchor")]
+        places = [place for place in chosen_tokens if place is not None]
+        if reading is None or not places or not 0 <= min(places) <= max(places) < len(reading.tokens):
+            return gr.skip(), *[gr.skip()] * len(self.shown)
+        new = (min(places), max(places) + 1)
+        if span and tuple(span) == new and new[1] - new[0] == 1:
+            new = None
+        return new, *self.show(reading, chosen, new, colour, numbers, sort, dense, site)
+
+
+def strip_value(
+    reading: Reading, latent: int | None, span: Span, measure: str = "", name: str = "", numbers: bool = False
+) -> dict[str, Any]:
+    """The tokens of a reading, coloured by `latent` or, with a `measure` of the inspection, by that."""
+    facts = reading.facts
+    values, legend = _measured(facts, latent, measure, name)
+    counted = [v if math.isfinite(v) and (keep or measure) else 0.0 for v, keep in zip(values, facts.mask, strict=True)]
+    largest = max(map(abs, counted), default=0.0)
+    start, stop = span or (0, 0)
+    tokens = []
+    for i, (text, value, count) in enumerate(zip(reading.tokens, values, counted, strict=True)):
+        says = f"token {i}, id {facts.ids[i]}"
+        if measure or latent is not None:
+            says += f"\n{name if measure else f'latent {latent}'}: {value:.4g}"
+        says += "" if facts.mask[i] else "\noutside the mask: the SAE was not trained on it"
+        tokens.append(
+            {
+                "text": text, "share": abs(count) / largest if largest else 0.0, "title": says, "selected": start <= i < stop,
+                "special": not facts.mask[i], "hot": bool(measure.startswith("loss_") and count > 0),
+                "number": f"{value:.2g}" if value else "",
+            }
+        )  # fmt: skip
+    if legend and largest:
+        legend += f"from {-largest:.3g} to {largest:.3g}" if measure.startswith("loss_") else f"from 0 to {largest:.4g}"
+        legend += "" if measure else ", its largest activation in this text"
+    elif legend:
+        legend += "0 on this text" if measure else "silent on this text"
+    return {
+        "tokens": tokens, "legend": legend or "no latent chosen", "numbers": numbers, "both": measure.startswith("loss_")
+    }  # fmt: skip
+
+
+def _measured(facts: Inspection, latent: int | None, measure: str, name: str) -> tuple[list[float], str]:
+    """The number of each token, and what it is; nothing where no latent is chosen."""
+    if measure:
+        values = getattr(facts, measure) - (facts.loss if measure.startswith("loss_") else 0)
+        return values.tolist(), f"{name}: "
+    if latent is None:
+        return [0.0] * len(facts.ids), ""
+    return facts.activations_of(latent).tolist(), f"latent {latent} at {facts.site}: "
+
+
+def table_value(
+    reading: Reading, sae: SAE, latent: int | None, span: Span = None, sort: str = "activation", dense: float = 1.0
+) -> dict[str, Any]:
+    """The strongest latents of a reading, or of its tokens in `span`.
+
+    Args:
+        sort: one of `SORTS`.
+        dense: latents that fire on a larger share of tokens are left out.
+    """
+    facts = reading.facts
+    start, stop = span or (0, len(facts.ids))
+    hits, active = facts.strongest(sae.config.d_sae, start, stop)
+    density = None if sae.stats is None else sae.stats.density
+    found = [
+        (hit, facts.effects.get(hit.latent, math.nan), 0.0 if density is None else float(density[hit.latent]))
+        for hit in hits
+    ]
+    found = sorted((row for row in found if row[2] <= dense), key=SORTS[sort])[:SHOWN]
+    one = span is not None and stop - start == 1
+    if span is None:
+        what = "Strongest latents of the text"
+    elif one:
+        what = f"Strongest latents of token {start}, “{one_line(reading.tokens[start])}”"
+        what += "" if facts.mask[start] else " (outside the mask: the SAE was not trained on it)"
+    else:
+        what = f"Strongest latents of tokens {start} to {stop - 1}"
+    columns = ["latent", *(["activation"] if one else ["largest activation", "on token"])]
+    columns += [] if sae.stats is None else ["recorded max", "fires on"]
+    columns.append("loss without it")
+    largest = max((row[0].activation for row in found), default=1.0)
+    rows = []
+    for hit, effect, share in found:
+        cells = [f"{hit.activation:.3g}"]
+        if not one:
+            cells.append(f"{one_line(reading.tokens[hit.position])}  ({hit.position})")
+        if sae.stats is not None:
+            cells += [f"{float(sae.stats.max_act[hit.latent]):.3g}", f"{share:.2%}"]
+        cells.append(f"{effect:+.4f}" if math.isfinite(effect) else "–")
+        rows.append(
+            {"key": hit.latent, "cells": cells, "share": hit.activation / largest, "selected": hit.latent == latent}
+        )
+    return {"caption": f"{what} · showing {len(rows)} of {active} that fire", "columns": columns, "rows": rows}
+
+
+def next_value(reading: Reading, span: Span) -> dict[str, Any]:
+    """What comes after the text, or after the last of the chosen tokens, by itself and under the edits."""
+    facts = reading.facts
+    last = (span[1] if span else len(facts.ids)) - 1
+    rows = [
+        {"key": token.id, "name": one_line(visible(token.token)), "share": token.edited,
+         "cells": [f"{token.edited:.2%}", f"{token.clean:.2%}"]}
+        for token in facts.next_tokens[last]
+    ]  # fmt: skip
+    caption = f"Likeliest tokens after token {last}, “{one_line(reading.tokens[last])}” · under the edits as they were when read"
+    return {"caption": caption, "plain": True, "columns": ["token", "edited", "base"], "rows": rows}

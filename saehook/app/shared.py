@@ -1,0 +1,68 @@
+"""What all tabs of the page share: the model, and the controls above the tabs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from saehook.app.limits import Limits
+from saehook.app.program_rows import whole_numbers
+from saehook.errors import ArgumentError
+from saehook.hooked_saes import HookedSAEs
+from saehook.sae import SAE
+
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""For listeners that never run the model."""
+ON_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+"""For listeners that run the model: one at a time."""
+
+
+@dataclass
+class Shared:
+    """Nothing here changes once the page is built; what a visitor sets stays with the visitor's page."""
+
+    hooked: HookedSAEs
+    limits: Limits
+    sae_paths: Mapping[str, str]
+    """Where each SAE lies, by site."""
+    prompt: gr.Textbox
+    site: gr.Dropdown
+    latent: gr.Textbox
+    """The chosen latent, of the SAE at `site`."""
+    reading: gr.State
+    """The `Reading` of the prompt, or None."""
+    editor: gr.HTML
+    """The program: `program_rows`."""
+    tabs: gr.Tabs | None = None
+    tab: gr.State | None = None
+    """Id of the open tab."""
+
+
+def one_latent(chosen: Any, sae: SAE) -> int:
+    """The latent that a visitor has chosen.
+
+    Raises:
+        ArgumentError: none or several. LatentError: the SAE does not have it.
+    """
+    if not chosen:
+        raise ArgumentError("No latent is chosen. Read a text and choose one in the table, or type its number.")
+    latent, *others = whole_numbers(chosen, "chosen latent", "one whole number")
+    if others:
+        raise ArgumentError(f"{1 + len(others)} latents are chosen; choose one.")
+    sae.check_latents((latent,))
+    return latent
+
+
+def whole(event: gr.EventData, name: str) -> int | None:
+    """A whole number that the browser sent with an event."""
+    value = getattr(event, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def on_table_select(event: gr.EventData) -> Any:
+    """A row of a table of latents chooses its latent."""
+    latent = whole(event, "key")
+    return gr.skip() if latent is None else str(latent)

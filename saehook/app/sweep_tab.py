@@ -1,0 +1,219 @@
+"""The tab that sweeps: one edit at many strengths, as curves and as texts; a strength is taken over by a click."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from saehook.app.cancellable import Done, Progress, in_background
+from saehook.app.messages import told_to_the_visitor
+from saehook.app.plots import make_plots, panel, plots_value
+from saehook.app.program_rows import check_program, checked_rows, edit_of, latent_row, with_row
+from saehook.app.reading import prompt_ids
+from saehook.app.sampling import sampling_of
+from saehook.app.shared import ON_MODEL, QUIET, Shared, one_latent, whole
+from saehook.app.table import empty_table, make_table
+from saehook.dose_response import DoseResponse
+from saehook.errors import ArgumentError, SaehookError
+from saehook.interventions import AnyEdit, Program
+from saehook.visible_text import one_line, visible
+
+HELP = """
+One edit at many strengths, all with the same noise: how far the next tokens move from the unedited model (KL), how likely one token
+becomes, how surprising the text is to the unedited model (loss), how much it repeats. Click a point or a row to take its strength
+over into the sidebar. The settings of the tab Generate hold here, too.
+"""
+NOTHING = "Sweep to see what each strength does."
+STRENGTHS = "-0.8, -0.4, -0.2, 0.2, 0.4, 0.6, 0.8, 1.2"
+FIRST_LATENT = "the chosen latent, added"
+
+
+class SweepTab:
+    """The tab, and what happens in it."""
+
+    def __init__(self, shared: Shared, sampling: list[Any]) -> None:
+        """Its controls, inside the tab that is open; `sampling` are those of the tab Generate."""
+        self.shared = shared
+        gr.Markdown(HELP, elem_id="sweep-help")
+        edits = [FIRST_LATENT, *(f"edit {i + 1}" for i in range(shared.limits.edits))]
+        with gr.Row(elem_classes="bottom"):
+            which = gr.Dropdown(
+                edits, value=FIRST_LATENT, label="Edit to sweep", elem_id="sweep-edit", min_width=150, scale=2
+            )
+            strengths = gr.Textbox(
+                STRENGTHS, label="Strengths, in the edit's unit", max_lines=1, max_length=400, elem_id="sweep-strengths",
+                min_width=200, scale=3,
+            )  # fmt: skip
+            target = gr.Textbox(
+                "", label="Token to watch", placeholder="its own", max_lines=1, max_length=60, elem_id="sweep-target",
+                min_width=110, scale=2,
+            )  # fmt: skip
+            run = gr.Button("Sweep", variant="primary", elem_id="sweep", min_width=90, scale=1)
+            stop = gr.Button("Stop", variant="stop", elem_id="sweep-stop", min_width=80, scale=1)
+        self.plots = make_plots(label="Dose and response", elem_id="sweep-plots")
+        self.table = make_table(empty_table(NOTHING), label="Texts by strength", elem_id="sweep-table")
+        done = gr.State(None)
+        inputs = [shared.prompt, shared.site, shared.latent, shared.editor, which, strengths, target, *sampling]
+        running = run.click(
+            self.on_sweep, inputs, [self.plots, self.table, done], api_visibility="private", show_progress="minimal",
+            show_progress_on=self.table, **ON_MODEL,
+        )  # fmt: skip
+        stop.click(lambda: empty_table("Stopped."), None, self.table, cancels=[running], **QUIET)
+        for shown in (self.plots, self.table):
+            shown.select(self.on_take, [shared.editor, done], shared.editor, **QUIET)
+
+    def on_sweep(
+        self, prompt: str, site: str, chosen: Any, value: Any, which: str, strengths: Any, target: Any, sample: Any,
+        temperature: Any, top_p: Any, new_tokens: Any, seed: Any,
+    ) -> Iterator[tuple[Any, Any, Any]]:  # fmt: skip
+        """All strengths in one batch; what is shown meanwhile is how many tokens are there."""
+        shared = self.shared
+        with told_to_the_visitor():
+            settings = sampling_of(sample, temperature, new_tokens, seed, shared.limits, top_p)
+            ids = prompt_ids(shared.hooked, prompt, shared.limits, settings.new_tokens)
+            number, edit = self.edit(value, which, site, chosen)
+            doses = numbers(strengths, shared.limits.strengths)
+            for dose in doses:
+                check_program(shared.hooked, Program(edits=[replace(edit, value=dose)]), shared.limits, len(ids))
+            arguments = {**settings.arguments(), "max_time": shared.limits.seconds}
+            wanted = str(target) if target else None
+
+            def work(progress: Progress) -> DoseResponse:
+                criteria = StoppingCriteriaList([Counting(progress, len(ids))])
+                return shared.hooked.sweep(ids, edit, doses, target=wanted, stopping_criteria=criteria, **arguments)
+
+            with contextlib.closing(in_background(work)) as parts:
+                for part in parts:
+                    if isinstance(part, Done):
+                        kept = {"row": number, "edit": edit.to_data(), "strengths": doses}
+                        yield plots_of(part.result, edit), table_of(part.result), kept
+                    elif part is not None:
+                        yield gr.skip(), empty_table(f"{part} of {settings.new_tokens} tokens"), None
+
+    def edit(self, value: Any, which: str, site: str, chosen: Any) -> tuple[int | None, AnyEdit]:
+        """The edit that is meant, and its row in the sidebar; None where it is the chosen latent's.
+
+        Raises:
+            SaehookError: there is none, or it has no strength.
+        """
+        shared = self.shared
+        if which == FIRST_LATENT:
+            latent = one_latent(chosen, shared.hooked.saes[shared.hooked.resolve_site(site)])
+            return None, edit_of(latent_row(latent, site, "add 0.4 × ‖x‖"), 1)
+        rows = checked_rows(value)
+        number = int(which.removeprefix("edit ")) if which.removeprefix("edit ").isdecimal() else 0
+        if not 1 <= number <= len(rows):
+            raise ArgumentError(
+                f"There is no {which}; the sidebar has {len(rows)}. Add one, or sweep the chosen latent."
+            )
+        edit = edit_of(rows[number - 1], number)
+        if edit.value is None:
+            raise ArgumentError(f"Edit {number} ({edit.op}) has no strength to sweep. Choose one that has.")
+        return number - 1, edit
+
+    def on_take(self, value: Any, done: Any, event: gr.EventData) -> Any:
+        """A strength goes into the edit that was swept; into a new row where it is there no more."""
+        key = whole(event, "key")
+        if not isinstance(done, dict) or key is None or not 0 <= key < len(done["strengths"]):
+            return gr.skip()
+        with told_to_the_visitor():
+            edit = {**done["edit"], "value": done["strengths"][key]}
+            rows, number = list(checked_rows(value)), done["row"]
+            if number is not None and number < len(rows) and _same(rows[number], edit):
+                rows[number] = {"on": True, "edit": edit}
+                return {**value, "rows": rows}
+            for i, row in enumerate(rows):
+                if _same(row, edit):
+                    rows[i] = {"on": True, "edit": edit}
+                    return {**value, "rows": rows}
+            return with_row(value, {"on": True, "edit": edit}, self.shared.limits)
+
+
+class Counting(StoppingCriteria):
+    """Says how many tokens are there, and ends the model at the next one when nobody waits."""
+
+    def __init__(self, progress: Progress, length: int) -> None:
+        self.progress, self.length = progress, length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.progress(input_ids.shape[1] - self.length)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _same(row: dict[str, Any], edit: dict[str, Any]) -> bool:
+    """Whether a row means the edit at some strength."""
+    try:
+        given = edit_of(row, 1).to_data()
+    except SaehookError:
+        return False
+    return {**given, "value": None} == {**edit, "value": None}
+
+
+def numbers(text: Any, most: int) -> list[float]:
+    """The numbers in `-0.5, 1, 2`.
+
+    Raises:
+        ArgumentError: none, too many, or something else.
+    """
+    words = str(text or "").replace(",", " ").split()
+    try:
+        found = [float(word) for word in words]
+    except ValueError:
+        raise ArgumentError(
+            f"The strengths {str(text)[:60]!r} are not understood; expected for example 0.5, 1, 2."
+        ) from None
+    if not 1 <= len(found) <= most:
+        raise ArgumentError(f"{len(found)} strengths are given; this page allows 1 to {most}.")
+    return found
+
+
+def plots_of(result: DoseResponse, edit: AnyEdit) -> dict[str, Any]:
+    """Target, KL, loss and repetition over the strength."""
+    rows, base = result.rows, result.unedited
+    token = one_line(visible(result.target_token))
+    panels = [
+        panel(
+            f"Log-probability of “{token}”",
+            {"next token": [r.target_logprob for r in rows], "mean of new ones": [r.mean_target_logprob for r in rows]},
+            base=base.target_logprob,
+        ),
+        panel("KL to the unedited model, nats a token", {"KL": [r.kl for r in rows]}, base=base.kl, zero=True),
+        panel("Loss of the text in the unedited model, nats a token", {"loss": [r.loss for r in rows]}, base=base.loss),
+        panel(
+            "Share of 4-grams that repeat",
+            {"repetition": [r.repetition for r in rows]},
+            base=base.repetition,
+            zero=True,
+        ),
+    ]
+    strengths = [r.strength for r in rows if r.strength is not None]
+    unit = {"raw": "", "norm": " × ‖x‖", "max": " × its max"}.get(edit.unit, f", {edit.unit}")
+    return plots_value(strengths, panels, what="strength", below=f"strength{unit}")
+
+
+def table_of(result: DoseResponse) -> dict[str, Any]:
+    """The texts, one for each strength, and the unedited one last."""
+    rows = []
+    for i, row in enumerate((*result.rows, result.unedited)):
+        cells = [
+            f"{row.kl:.3f}",
+            f"{row.dose:.3f}",
+            f"{row.loss:.3f}",
+            f"{row.repetition:.0%}",
+            one_line(visible(row.generation.text)),
+        ]
+        name = "unedited" if row.strength is None else f"{row.strength:g}"
+        rows.append({"key": i, "name": name, "cells": cells, "share": 0})
+    caption = f"Texts by strength · the prompt's {len(result.prompt_ids)} tokens ran " + (
+        f"once but for {len(result.prompt_ids) - result.shared_tokens}" if result.shared_tokens else "for each"
+    )
+    if not any(row.dose for row in result.rows):
+        caption += " · no strength changed anything: check where the edit acts"
+    columns = ["strength", "KL", "‖Δ‖/‖x‖", "loss", "repeated", "text"]
+    return {"caption": caption, "what": "strength", "columns": columns, "rows": rows}

@@ -1,0 +1,138 @@
+"""How long a visitor of the page waits, in a real browser on the bundled model.
+
+    python tests/bench/bench_page.py [--json numbers.json]
+
+Needs Debian's chromium and playwright, and an idle machine. Each number has its limit beside it: what the page promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gradio_client import Client
+from playwright.sync_api import Page, sync_playwright
+
+import saehook
+from saehook.app import Limits, serve
+
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync".split()
+)
+TOKENS = 1024
+LIMITS = {
+    "first page load, s": 5.0,
+    "strip drawn, s": 1.0,
+    "click on a token answered, s": 0.3,
+    "first streamed token, s": 0.5,
+    "three at once, one of whom leaves, s": 60.0,
+    "growth of memory": 0.05,
+}
+"""What the page promises."""
+REQUESTS = 200
+WARM_UP = 50
+
+
+def hooked() -> Any:
+    saes = [saehook.load_sae(saehook.bundled(name)) for name in ("sae", "sae-mlp")]
+    return saehook.HookedModel.from_pretrained(saehook.bundled("lm")).attach({str(sae.site): sae for sae in saes})
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def seconds(act: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
+
+
+def rss() -> int:
+    """Resident memory of this process, bytes."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# Draws a strip of so many tokens as an answer of the server does, and says after how many seconds it is on the screen.
+LONG_STRIP = """n => new Promise(done => {
+  const strip = document.querySelector('#strip .strip'), began = performance.now();
+  strip.replaceChildren(...Array.from({length: n}, (_, i) => { const span = document.createElement('span');
+    span.className = 'token'; span.textContent = ' token' + i; span.style.setProperty('--share', i / n); return span; }));
+  requestAnimationFrame(() => requestAnimationFrame(() => done((performance.now() - began) / 1000))); })"""
+
+
+def in_browser(page: Page, url: str) -> dict[str, float]:
+    found = {}
+    found["first page load, s"] = seconds(lambda: (page.goto(url), page.locator("#strip .token").first.wait_for()))
+    found["strip drawn, s"] = page.evaluate(LONG_STRIP, TOKENS)
+    page.locator("#read").click()
+    page.wait_for_timeout(2000)
+    caption = page.locator("#table caption", has_text="token 2")
+    found["click on a token answered, s"] = seconds(
+        lambda: (page.locator("#strip .token").nth(2).click(), caption.wait_for())
+    )
+    page.get_by_role("tab", name="Generate", exact=True).click()
+    status = page.locator("#lane-base .status", has_text="of 60 tokens").or_(
+        page.locator("#lane-base .lane[data-state=done]")
+    )
+    found["first streamed token, s"] = seconds(lambda: (page.locator("#generate").click(), status.first.wait_for()))
+    page.locator("#lane-spliced .lane[data-state=done]").wait_for()
+    return found
+
+
+def three_at_once(url: str) -> float:
+    """Three callers, one of whom leaves at once; how long until the other two are done."""
+    clients = [Client(url, verbose=False, analytics_enabled=False) for _ in range(3)]
+    jobs = [client.submit("import os\n", "", 60, False, 1.0, 0, api_name="/generate") for client in clients]
+    began = time.perf_counter()
+    jobs[0].cancel()
+    for job in jobs[1:]:
+        job.result()
+    return time.perf_counter() - began
+
+
+def growth(url: str) -> float:
+    """Memory after `REQUESTS` in a row, as a share of that after the warm-up."""
+    client = Client(url, verbose=False, analytics_enabled=False)
+    site = "layers.2.resid_post"
+    for i in range(WARM_UP + REQUESTS):
+        if i == WARM_UP:
+            before = rss()
+        client.predict("import os\n\ndef main", site, api_name="/read")
+    return rss() / before - 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    app = serve(hooked(), port=free_port(), limits=Limits(), block=False, quiet=True)
+    url = str(app.local_url)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        found = in_browser(browser.new_page(), url)
+        browser.close()
+    found["three at once, one of whom leaves, s"] = three_at_once(url)
+    found["growth of memory"] = growth(url)
+    assert not any(thread.name in {"saehook-stream", "saehook-work"} for thread in threading.enumerate())
+    for name, value in found.items():
+        print(f"{name:40} {value:8.3f}  (at most {LIMITS[name]:g})")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    app.close()
+
+
+if __name__ == "__main__":
+    main()
