@@ -70,7 +70,47 @@ def training() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"checkpoints/eval.json": evaluation, "bench_splice": speed, "bench_train_step": training}
+def methods() -> str:
+    """The newest recorded run of demos/compare_methods.py: mean over the seeds, and from which to which."""
+    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("methods_*.json"))[-1]
+    data = json.loads(file.read_text())
+    names = {
+        "l0": ".1f",
+        "fvu": ".3f",
+        "delta_ce": ".3f",
+        "kl": ".3f",
+        "dead_in_training": ".1%",
+        "dead_held_out": ".1%",
+    }
+    lines = [
+        "| method | L0 | FVU | delta CE | KL | dead, training | dead, held-out |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in dict.fromkeys(row["method"] for row in data["rows"]):
+        cells = []
+        for name, form in names.items():
+            values = [row[name] for row in data["rows"] if row["method"] == method]
+            least, most = (format(value, form) for value in (min(values), max(values)))
+            spread = f" ({least}–{most})" if least != most else ""
+            cells.append(format(sum(values) / len(values), form) + spread)
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    row, seeds = data["rows"][0], len({row["seed"] for row in data["rows"]})
+    lines.append(
+        f"\n{data['site']} of the bundled model, {row['training_tokens']:,} tokens, mean of {seeds} seeds (least–most); ReLU and "
+        f"JumpReLU steered to L0 {data['k']}. Splice-in loss on {row['tokens']:,} tokens of the held-out modules; dead: silent "
+        f"over the last {row['dead_in_training_tokens']:,} training tokens, and over {row['dead_held_out_tokens']:,} held-out "
+        f"ones. {data['machine']['cores']} CPU cores, torch {data['machine']['torch']}; "
+        "`python demos/compare_methods.py --text NOVELS --json FILE`."
+    )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "checkpoints/eval.json": evaluation,
+    "compare_methods": methods,
+    "bench_splice": speed,
+    "bench_train_step": training,
+}
 
 
 def filled(text: str) -> str:
