@@ -67,8 +67,8 @@ from saehook.errors import (  # noqa: E402
     SiteNotExecutedError,
 )
 from saehook.hooked_saes import HookedSAEs  # noqa: E402
-from saehook.model_input import predicts_next_tokens, takes_text  # noqa: E402
 from saehook.interventions import Edit, Program  # noqa: E402
+from saehook.model_input import predicts_next_tokens, takes_text  # noqa: E402
 from saehook.positions import Positions, TokenView  # noqa: E402
 from saehook.prefix import Follower  # noqa: E402
 from saehook.results import Report  # noqa: E402

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from saehook.edit_plan import EditPlan
 from saehook.errors import ArgumentError, ContextLengthError, NoEffectWarning
 from saehook.full_report import beside, check_kind, full_report
-from saehook.model_input import image_batch, predicts_next_tokens, takes_text
 from saehook.interventions import AnyEdit, Program
+from saehook.model_input import image_batch, predicts_next_tokens, takes_text
 from saehook.positions import UNKNOWN_ID, Positions
 from saehook.results import Generation, Report
 from saehook.sampling_noise import RandomState, RowNoise, with_noise
