@@ -27,7 +27,7 @@ from saehook.corpus import Document, text_hash
 from saehook.dataset_text import DatasetText
 from saehook.errors import ArgumentError
 from saehook.hooked_model import HookedModel
-from saehook.images import image_batch, takes_text
+from saehook.model_input import image_batch, takes_text
 from saehook.tokenization import WindowCutter, is_outlier, keep_mask, special_ids
 
 TOKENS_PER_FORWARD = 4096

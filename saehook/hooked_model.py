@@ -67,8 +67,8 @@ from saehook.errors import (  # noqa: E402
     SiteNotExecutedError,
 )
 from saehook.hooked_saes import HookedSAEs  # noqa: E402
-from saehook.images import takes_text  # noqa: E402
 from saehook.interventions import Edit, Program  # noqa: E402
+from saehook.model_input import predicts_next_tokens, takes_text  # noqa: E402
 from saehook.positions import Positions, TokenView  # noqa: E402
 from saehook.prefix import Follower  # noqa: E402
 from saehook.results import Report  # noqa: E402
@@ -146,7 +146,7 @@ def _wrapped(lm: Any, tokenizer: Any, device: Callable[[], Any]) -> Any:
         warnings.filterwarnings("ignore", message=".*which nnsight already serves on every module")
         if tokenizer is None:
             return _TextlessModel(lm)
-        task = "text-generation" if lm.can_generate() else "feature-extraction"
+        task = "text-generation" if predicts_next_tokens(lm) else "feature-extraction"
         # nnsight sets the padding side and token of the tokenizer it gets.
         tokenizer = copy.deepcopy(tokenizer)
         places = getattr(lm, "hf_device_map", None)
@@ -520,11 +520,6 @@ class HookedModel(Runs):
         See `from_pretrained`."""
         if tokenizer is None and takes_text(lm):
             raise ArgumentError("a loaded model needs its tokenizer, too: HookedModel.from_pretrained(lm, tokenizer).")
-        if not getattr(lm, "can_generate", lambda: True)():
-            raise ArgumentError(
-                f"{type(lm).__name__} has no language-model head, so it has neither a loss nor next tokens. Load it with "
-                "AutoModelForCausalLM, or HookedModel.from_pretrained(path)."
-            )
         self.lm = lm.eval()
         self.tokenizer = tokenizer
         self.model_id = model_id or getattr(lm.config, "name_or_path", None) or type(lm).__name__

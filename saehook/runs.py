@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from saehook.edit_plan import EditPlan
 from saehook.errors import ArgumentError, ContextLengthError, NoEffectWarning
 from saehook.full_report import beside, check_kind, full_report
-from saehook.images import image_batch, takes_text
 from saehook.interventions import AnyEdit, Program
+from saehook.model_input import image_batch, predicts_next_tokens, takes_text
 from saehook.positions import UNKNOWN_ID, Positions
 from saehook.results import Generation, Report
 from saehook.sampling_noise import RandomState, RowNoise, with_noise
@@ -99,10 +99,10 @@ class Runs:
 
     def check_causal(self, what: str) -> None:
         """Raises ArgumentError for a model that predicts no next tokens, and so has no such thing as `what`."""
-        if not self.lm.can_generate():
+        if not predicts_next_tokens(self.lm):
             raise ArgumentError(
                 f"{type(self.lm).__name__} predicts no next tokens, so it has no {what}. It can be called, read, edited and "
-                "trained on; for the rest take a model with a causal head."
+                "trained on; for the rest load one with a causal head: AutoModelForCausalLM."
             )
 
     def _positions(self, batch: Batch, program: Program, expansion: int = 1, *, reorders: bool = False) -> Positions:

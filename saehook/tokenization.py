@@ -190,7 +190,7 @@ class Batch:
     roles: list[list[str] | None] | None = None
     """Of rows that are conversations: the role of each of their own tokens, where the chat template shows it."""
     inputs: dict[str, Tensor] | None = None
-    """What a model that takes no ids gets instead (`images`)."""
+    """What a model that takes no ids gets instead (`model_input`)."""
 
     @property
     def padded(self) -> bool:

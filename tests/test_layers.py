@@ -18,7 +18,7 @@ LAYERS = [
     "config corpus hub dataset_text bundle files gguf loggers fields metrics_log visible_text token_html formats/*",
     "losses activation_fns where conditions schedules interventions site_spellings sites conversation "
     "tokenization sweep run_state plan",
-    "sae sparse_acts images row_text positions optim batches prefix intervals splice_losses tracks readback "
+    "sae sparse_acts model_input row_text positions optim batches prefix intervals splice_losses tracks readback "
     "program_file",
     "checkpoint latent_notes writers reconstruction eval_result row_edits edit_blocks editing results edit_plan "
     "full_report sampling_noise calibration methods",

@@ -119,8 +119,9 @@ def test_tokens_times_vocabulary_is_never_held(name, monkeypatch):
 def test_a_model_without_a_language_model_head():
     kind, options = CONFIGS["gpt2"]
     lm = AutoModel.from_config(AutoConfig.for_model(kind, **options, bos_token_id=0, eos_token_id=1))
-    with pytest.raises(ArgumentError, match=r"GPT2Model has no language-model head.*AutoModelForCausalLM"):
-        HookedModel(lm, byte_tokenizer())
+    hooked = HookedModel(lm, byte_tokenizer()).attach({SITE: tiny_sae()})
+    with pytest.raises(ArgumentError, match=r"GPT2Model predicts no next tokens.*AutoModelForCausalLM"):
+        evaluate(hooked, IDS, progress=False)
 
 
 def test_a_model_that_gives_no_logits():

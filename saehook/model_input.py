@@ -1,4 +1,5 @@
-"""Images as the input of a vision model: one position for each token of its first layer, most of them patches."""
+"""What a model takes as input, and whether it predicts next tokens. Images are a batch of one position for each token of the
+first layer, most of them patches."""
 
 from __future__ import annotations
 
@@ -18,6 +19,11 @@ _tokens: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = weak
 def takes_text(lm: Any) -> bool:
     """Whether a model's input is token ids; `pixel_values` of a vision model are none."""
     return getattr(lm, "main_input_name", "input_ids") == "input_ids"
+
+
+def predicts_next_tokens(lm: Any) -> bool:
+    """Whether a model has a causal head; one that does not come from transformers is taken to."""
+    return getattr(lm, "can_generate", lambda: True)()
 
 
 def image_batch(lm: Any, x: Any, device: torch.device) -> Batch:
