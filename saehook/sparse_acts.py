@@ -88,8 +88,8 @@ def encode(sae: SAE, x: Tensor) -> SparseActs:
             values, pairs = kernels.encode_above(inputs, sae.W_enc, sae.b_enc, sae.threshold)
     sae.check_read(values, inputs)
     if torch.is_grad_enabled() and (inputs.requires_grad or sae.W_enc.requires_grad or sae.b_enc.requires_grad):
-        rows = sae.W_enc.T[pairs.latents]
-        values = (inputs[pairs.tokens] * rows).sum(-1) + sae.b_enc[pairs.latents]
+        again = (inputs[pairs.tokens] * sae.W_enc.T[pairs.latents]).sum(-1) + sae.b_enc[pairs.latents]
+        values = values + (again - again.detach())  # the same bits as without gradients
     return SparseActs(values, pairs, tuple(x.shape[:-1]))
 
 

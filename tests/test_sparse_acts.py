@@ -100,6 +100,9 @@ def test_gradients_are_those_of_the_dense_path(wide, activation):
     for way in (encode, SAE.encode):
         sae, x = tiny_sae(activation=activation).double(), tokens(dtype=torch.float64).requires_grad_()
         found = way(sae, x)
+        if isinstance(found, SparseActs):
+            with torch.no_grad():
+                assert torch.equal(encode(sae, x).values, found.values), "gradients change no bit"
         x_hat = found.sum_rows(sae.W_dec) if isinstance(found, SparseActs) else found @ sae.W_dec
         part = found.columns(torch.arange(5)) if isinstance(found, SparseActs) else found[:, :5]
         wanted = (x, sae.W_enc, sae.b_enc, sae.b_dec, sae.W_dec)
