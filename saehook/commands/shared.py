@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CONFIG = "cfg.json"
 """What makes a folder an SAE; `checkpoint.CONFIG`, which would load torch."""
+BESIDE_SUFFIXES, BESIDE_FOLDERS = {".json", ".jsonl", ".html", ".yaml"}, {"checkpoints", "tensorboard", "wandb"}
+"""What a run writes beside its SAEs."""
 TEXT_HELP = """text files, .jsonl (one {"text": ...} a line), folders of them, or one Hugging Face dataset, streamed:
 hf:NAME[,config=..][,split=train][,column=text][,skip=N][,take=N][,revision=..], NAME on the hub or a folder
 """
@@ -94,15 +96,15 @@ def attach(arguments: argparse.Namespace) -> tuple[HookedSAEs, dict[str, Path]]:
     return hooked, dict(zip(hooked.sites, folders, strict=True))
 
 
-def _only_saes(folders: list[Path]) -> list[Path]:
-    """Without what else stands beside SAEs in the folder of a run, so that `runs/a/*` means its SAEs."""
-    parents = {folder.parent for folder in folders if (folder / CONFIG).is_file()}
-    beside = [
-        folder for folder in folders if folder.parent in parents and folder.exists() and not (folder / CONFIG).is_file()
-    ]
+def _only_saes(places: list[Path]) -> list[Path]:
+    """Without what `saehook train` and `eval` write beside SAEs, so that `runs/a/*` means the SAEs of a run."""
+    if not any((place / CONFIG).is_file() for place in places):
+        return places
+    beside = [place for place in places if place.suffix in BESIDE_SUFFIXES and place.is_file()]
+    beside += [place for place in places if place.name in BESIDE_FOLDERS and not (place / CONFIG).exists()]
     if beside:
         print(f"note: left out {', '.join(map(str, beside))}: no SAEs.", file=sys.stderr)
-    return [folder for folder in folders if folder not in beside]
+    return [place for place in places if place not in beside]
 
 
 def hooked_for(file: ProgramFile, lm: str | None, saes: list[str] | None) -> HookedSAEs:
