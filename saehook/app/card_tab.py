@@ -10,7 +10,7 @@ import gradio as gr
 
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.plots import make_plots, panel, plots_value
-from saehook.app.shared import QUIET, Shared
+from saehook.app.shared import TOLD, Shared
 from saehook.app.table import empty_table, make_table
 from saehook.charts import human
 from saehook.dashboards import bars
@@ -39,7 +39,7 @@ class CardTab:
         facts = make_table(empty_table(""), label="Facts about the SAE", elem_id="card")
         densities = make_plots(label="How often latents fire", elem_id="densities")
         curves = make_plots(label="Training", elem_id="curves")
-        gr.on([tab.select, shared.site.change], self.on_show, shared.site, [facts, densities, curves], **QUIET)
+        gr.on([tab.select, shared.site.change], self.on_show, shared.site, [facts, densities, curves], **TOLD)
 
     def on_show(self, site: str) -> tuple[Any, Any, Any]:
         """All of it; nothing runs."""

@@ -160,7 +160,7 @@ def strip_value(
             {
                 "text": text, "share": abs(count) / largest if largest else 0.0, "title": says, "selected": start <= i < stop,
                 "special": not facts.mask[i], "hot": bool(measure.startswith("loss_") and count > 0),
-                "number": f"{value:.2g}" if value else "",
+                "number": f"{value:.2g}" if value and math.isfinite(value) else "",
             }
         )  # fmt: skip
     if legend and largest:

@@ -13,7 +13,7 @@ from saehook.app.contexts import group, make_contexts
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.plots import make_plots, panel, plots_value
 from saehook.app.session_page import download
-from saehook.app.shared import ON_MODEL, QUIET, Shared, on_table_select, one_latent
+from saehook.app.shared import ON_MODEL, QUIET, TOLD, Shared, on_table_select, one_latent
 from saehook.app.table import empty_table, make_table
 from saehook.corpus import held_out_files, read_documents
 from saehook.dashboards import LatentCard, LatentScan, TokenWeight, latent_card, scan_latent
@@ -67,15 +67,15 @@ class LatentTab:
         self.contexts = make_contexts(label="Where it fires", elem_id="contexts")
         chosen = [shared.site, shared.latent]
         found = [self.facts, raises, lowers, near, label, notes]
-        show.click(self.on_show, chosen, found, **QUIET)
-        near.select(on_table_select, None, shared.latent, **QUIET).then(self.on_show, chosen, found, **QUIET)
-        save.click(self.on_save, [*chosen, label, notes], None, **QUIET)
+        show.click(self.on_show, chosen, found, **TOLD)
+        near.select(on_table_select, None, shared.latent, **QUIET).then(self.on_show, chosen, found, **TOLD)
+        save.click(self.on_save, [*chosen, label, notes], None, **TOLD)
         running = scan.click(
             self.on_scan, [*chosen, shared.prompt, text, tokens], [self.plots, self.contexts, kept],
             api_visibility="private", show_progress="minimal", show_progress_on=self.plots, **ON_MODEL,
         )  # fmt: skip
         stop.click(lambda: None, None, None, cancels=[running], **QUIET)
-        export.click(self.on_export, [*chosen, kept], page, **QUIET).success(
+        export.click(self.on_export, [*chosen, kept], page, **TOLD).success(
             None, page, None, js=download("latent.html"), **QUIET
         )
 

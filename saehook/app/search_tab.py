@@ -8,7 +8,7 @@ import gradio as gr
 
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.reading import prompt_ids
-from saehook.app.shared import ON_MODEL, QUIET, Shared, on_table_select
+from saehook.app.shared import ON_MODEL, QUIET, TOLD, Shared, on_table_select
 from saehook.app.table import empty_table, make_table
 from saehook.errors import ArgumentError
 from saehook.latent_notes import read_notes
@@ -43,8 +43,8 @@ class SearchTab:
             token = gr.Textbox("", label="Token", max_lines=1, max_length=60, elem_id="search-token", scale=4)
             by_token = gr.Button("By token", elem_id="by-token", scale=1, min_width=110)
         self.table = make_table(empty_table(NOTHING), label="Latents found", elem_id="found")
-        by_label.click(self.on_label, [shared.site, label], self.table, **QUIET)
-        by_token.click(self.on_token, [shared.site, token], self.table, **QUIET)
+        by_label.click(self.on_label, [shared.site, label], self.table, **TOLD)
+        by_token.click(self.on_token, [shared.site, token], self.table, **TOLD)
         by_text.click(
             self.on_texts,
             [shared.site, here, there],

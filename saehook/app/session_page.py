@@ -14,7 +14,7 @@ from saehook.token_html import escape
 PRE = '<pre style="white-space:pre-wrap;overflow-wrap:anywhere">'
 # Gradio shows what it is given; the browser makes a file of it, so none is written on the server.
 DOWNLOAD = """text => { const a = document.createElement('a');
-  a.href = URL.createObjectURL(new Blob([text], {type: 'text/html'})); a.download = NAME; a.click(); }"""
+  a.href = URL.createObjectURL(new Blob([text], {type: 'text/html'})); a.download = NAME; a.click(); return []; }"""
 
 
 def download(name: str) -> str:

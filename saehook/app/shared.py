@@ -15,7 +15,9 @@ from saehook.hooked_saes import HookedSAEs
 from saehook.sae import SAE
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""For listeners that never run the model."""
+"""For listeners that never run the model, and never complain."""
+TOLD: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 8}
+"""For listeners that never run the model and may have something to complain of: Gradio shows messages of queued ones only."""
 ON_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 """For listeners that run the model: one at a time."""
 

@@ -24,7 +24,7 @@ from saehook.app.program_rows import (
 )
 from saehook.app.sampling import sampling_of
 from saehook.app.session_page import download, session_page
-from saehook.app.shared import QUIET, Shared, one_latent
+from saehook.app.shared import QUIET, TOLD, Shared, one_latent
 from saehook.app.snippet import python_for, shell_for
 from saehook.app.table import empty_table
 from saehook.app.token_strip import NO_TOKENS
@@ -63,7 +63,7 @@ class Sidebar:
             self.restore = gr.Button("Restore this session", size="sm", elem_id="restore")
             self.export = gr.Button("Download the session as a page", size="sm", elem_id="export-session")
             self.page = gr.Textbox("", label="Page", visible="hidden", elem_id="session-page")
-        load.click(self.on_load_json, self.json, shared.editor, **QUIET).then(
+        load.click(self.on_load_json, self.json, shared.editor, **TOLD).then(
             self.on_edited, shared.editor, self.problems, **QUIET
         )
         shared.editor.input(self.on_edited, shared.editor, self.problems, **QUIET)
@@ -76,7 +76,7 @@ class Sidebar:
         """
         shared, sampling = self.shared, generate.settings
         edited = to_edit.click(
-            self.on_to_edit, [shared.editor, shared.site, shared.latent, kind], shared.editor, **QUIET
+            self.on_to_edit, [shared.editor, shared.site, shared.latent, kind], shared.editor, **TOLD
         )
         edited.then(self.on_edited, shared.editor, self.problems, **QUIET)
         state = [shared.tab, shared.prompt, shared.site, shared.latent, shared.editor, *sampling]
@@ -84,16 +84,16 @@ class Sidebar:
         edited.success(self.on_panel, state, panel, **QUIET)
         triggers = [self.panel.expand, shared.editor.input, shared.prompt.blur]
         gr.on(triggers, self.on_panel, state, panel, **QUIET)
-        self.copy.click(self.on_link, state, self.link, **QUIET).success(
+        self.copy.click(self.on_link, state, self.link, **TOLD).success(
             None, self.link, self.link, js=COPY_LINK, **QUIET
         )
-        self.export.click(self.on_export, [*state, *generate.lanes], self.page, **QUIET).success(
+        self.export.click(self.on_export, [*state, *generate.lanes], self.page, **TOLD).success(
             None, self.page, None, js=download("session.html"), **QUIET
         )
         restored = [shared.tabs, shared.tab, shared.prompt, shared.site, shared.latent, shared.editor, *sampling]
         restored += [shared.reading, *shown]
-        self.restore.click(self.on_restore, self.session, restored, **QUIET)
-        blocks.load(self.on_open, None, restored, **QUIET)
+        self.restore.click(self.on_restore, self.session, restored, **TOLD)
+        blocks.load(self.on_open, None, restored, **TOLD)
 
     def on_edited(self, value: Any) -> list[dict[str, str]]:
         """The rows are checked while they are written."""
