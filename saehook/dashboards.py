@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -219,7 +219,7 @@ def scan_latent(
     n_parts: int = 5,
     n_sampled: int = 3,
     windows_at_once: int = 8,
-) -> Iterator[LatentScan]:
+) -> Generator[LatentScan, None, None]:
     """Read text and find where a latent fires: what is known so far after every few windows, and last all of it. Between two of
     them the caller may stop.
 

@@ -17,6 +17,7 @@ import saehook
 from saehook import Program, steer
 from saehook.cli import main
 from saehook.commands import demo
+from saehook.eval_result import EvalResult
 
 WORDS = "the cat sees a red house and the dog runs under the tree . " * 200
 
@@ -164,11 +165,11 @@ def test_demo_has_a_table_before_anything_is_measured(own):
     found = demo.recorded(hooked, bundled)
     assert found is not None
     assert json.loads(found.to_json()) == stored
-    measured = json.loads((own["out"] / "eval.json").read_text())["results"][0]
+    measured = EvalResult.from_json((own["out"] / "eval.json").read_text()).results[0].numbers()
     (site,) = hooked.sites
     found = demo.recorded(hooked, {site: own["sae"]})
     assert found is not None
-    assert vars(found.results[0]) == measured | {"sae": own["sae"].name, "site": site}
+    assert found.results[0].numbers() == measured | {"sae": own["sae"].name, "site": site}
     del hooked.saes[site].metadata["evaluation"]
     assert demo.recorded(hooked, {site: own["sae"]}) is None
 
@@ -207,8 +208,8 @@ def test_generate_and_sites_work_without_arguments(capsys):
 
 
 MISTAKES = [
-    ("eval --lm {lm} --sae {lm}", "no cfg.json"),
-    ("eval --lm {lm} --sae {text}", "a file, not a folder"),
+    ("eval --lm {lm} --sae {lm}", "of no format that saehook reads"),
+    ("eval --lm {lm} --sae {text}", "no whole file of weights"),
     ("eval --lm {lm} --sae /nowhere", "not there"),
     ("eval --lm {lm}", "--sae DIR"),
     ("eval --lm {out} --sae {sae}", "no config.json"),

@@ -130,6 +130,7 @@ def test_the_joint_row_is_the_spliced_model_and_agreement_and_positions_are_by_h
         assert getattr(joint, name) == pytest.approx(losses[COUNTED].mean().item(), abs=1e-5)
     agrees = (clean.argmax(-1) == spliced.argmax(-1))[:, :-1][COUNTED]
     assert joint.top1 == pytest.approx(agrees.float().mean().item(), abs=1e-6)
+    assert joint.top1 is not None
     assert 0 < joint.top1 < 1
     block = joint.extra["positions"]
     assert block["position"] == list(range(1, 20))

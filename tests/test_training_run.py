@@ -65,6 +65,7 @@ def test_two_sites_from_one_pass_evaluated_and_stored(model, tmp_path):
         assert stored.metadata["training"]["tokens"] == 8000
         assert stored.metadata["lm"]["tokenizer_sha256"]
         assert stored.stats is not None
+        assert row.fvu is not None
         assert row.fvu < 1
         hooked = model.attach(stored, check="fingerprint")
         hooked.detach()

@@ -77,11 +77,11 @@ class AttributionTab:
             name, result = attribute(self.shared.hooked, prompt, token, minus, method, self.shared.limits)
             sides = [result.top(SHOWN, sign=sign) for sign in (1, -1)]
             largest = max((abs(one.effect) for side in sides for one in side), default=1.0)
-            tables = [
+            up, down = (
                 effects_table(f"{what} {name} (logit {result.metric:.3f})", side, result, largest)
                 for what, side in zip(("Raise", "Lower"), sides, strict=True)
-            ]
-            return *tables, [[(one.site, one.latent) for one in side] for side in sides]
+            )
+            return up, down, [[(one.site, one.latent) for one in side] for side in sides]
 
 
 def attribute(

@@ -195,8 +195,8 @@ class _Endpoints:
             there: the second.
             site: where the SAE is attached; "" where only one is.
         """
-        ids = [prompt_ids(self.hooked, text, self.limits) for text in (here, there)]
-        return [one._asdict() for one in latents_here_not_there(self.hooked, *ids, site or None, SHOWN)]
+        ids, other = (prompt_ids(self.hooked, text, self.limits) for text in (here, there))
+        return [one._asdict() for one in latents_here_not_there(self.hooked, ids, other, site or None, SHOWN)]
 
     def _program(self, text: str, n_prompt: int) -> Program:
         """Raises SaehookError where it is no program, or none for this page."""

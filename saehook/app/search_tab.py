@@ -90,8 +90,8 @@ class SearchTab:
         """Latents that fire more in one text than in another."""
         hooked, limits = self.shared.hooked, self.shared.limits
         with told_to_the_visitor():
-            ids = [prompt_ids(hooked, str(text or ""), limits) for text in (here, there)]
-            found = latents_here_not_there(hooked, *ids, site, SHOWN)
+            ids, other = (prompt_ids(hooked, str(text or ""), limits) for text in (here, there))
+            found = latents_here_not_there(hooked, ids, other, site, SHOWN)
             most = max((one.difference for one in found), default=1.0)
             rows = [
                 {

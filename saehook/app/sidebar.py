@@ -143,7 +143,7 @@ class Sidebar:
         """The session with what the lanes wrote, as a page that stands alone."""
         with told_to_the_visitor():
             state = _state(values[: -len(LANES)])
-            lanes = dict(zip(LANES, values[-len(LANES) :], strict=True))
+            lanes: dict[str, Any] = dict(zip(LANES, values[-len(LANES) :], strict=True))
             return session_page(state, *self.meant(state), lanes)
 
     def on_link(self, *values: Any) -> str:

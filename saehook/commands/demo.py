@@ -82,10 +82,11 @@ def recorded(hooked: HookedSAEs, folders: Mapping[str, Path]) -> EvalResult | No
         stored = bundled("sae").with_name("eval.json")
         if stored.is_file():
             return EvalResult.from_json(stored.read_text(encoding="utf-8"))
-    fields = [field.name for field in dataclasses.fields(EvalRow)]
+    fields = dataclasses.fields(EvalRow)
+    needed = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     rows = []
     for site, sae in hooked.saes.items():
         facts = sae.metadata.get("evaluation", {}) | {"sae": folders[site].name, "site": site}
-        if set(fields) <= set(facts):
-            rows.append(EvalRow(**{name: facts[name] for name in fields}))
+        if needed <= set(facts):
+            rows.append(EvalRow(**{f.name: facts[f.name] for f in fields if f.name in facts}))
     return EvalResult(rows) if rows else None

@@ -107,11 +107,14 @@ def growth(url: str) -> float:
     """Memory after `REQUESTS` in a row, as a share of that after the warm-up."""
     client = Client(url, verbose=False, analytics_enabled=False)
     site = "layers.2.resid_post"
-    for i in range(WARM_UP + REQUESTS):
-        if i == WARM_UP:
-            before = rss()
-        client.predict("import os\n\ndef main", site, api_name="/read")
-    return rss() / before - 1
+
+    def read(times: int) -> int:
+        for _ in range(times):
+            client.predict("import os\n\ndef main", site, api_name="/read")
+        return rss()
+
+    before = read(WARM_UP)
+    return read(REQUESTS) / before - 1
 
 
 def main() -> None:

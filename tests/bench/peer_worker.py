@@ -26,8 +26,8 @@ Step = Callable[[Tensor, int], float]
 
 def sparsify(start: dict[str, Any]) -> Step:
     """Normalises the decoder before each step; its loss is the FVU of the batch; no clipping."""
-    from sparsify.config import SparseCoderConfig
-    from sparsify.sparse_coder import SparseCoder
+    from sparsify.config import SparseCoderConfig  # pyright: ignore[reportMissingImports]
+    from sparsify.sparse_coder import SparseCoder  # pyright: ignore[reportMissingImports]
 
     d_in, d_sae = start["W_enc"].shape
     sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=start["k"]))
@@ -51,7 +51,7 @@ def sparsify(start: dict[str, Any]) -> Step:
 
 def dictionary_learning(start: dict[str, Any]) -> Step:
     """Clips at norm 1, and normalises the decoder after each step. From step 1 on, since step 0 would choose b_dec."""
-    from dictionary_learning.trainers.top_k import TopKTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer  # pyright: ignore[reportMissingImports]
 
     d_in, d_sae = start["W_enc"].shape
     trainer = TopKTrainer(
@@ -75,8 +75,8 @@ def dictionary_learning(start: dict[str, Any]) -> Step:
 
 def saelens(start: dict[str, Any]) -> Step:
     """Leaves the norms of decoder rows alone; clips at norm 1, as its trainer does."""
-    from sae_lens.saes.sae import TrainStepInput
-    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput  # pyright: ignore[reportMissingImports]
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig  # pyright: ignore[reportMissingImports]
 
     d_in, d_sae = start["W_enc"].shape
     config = TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=start["k"], rescale_acts_by_decoder_norm=False)
