@@ -19,9 +19,10 @@ from saehook.hooked_saes import HookedSAEs
 
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
-/* Gradio measures the room beside its sidebar once, before the page has its final width: too little at a first, slow load. */
-@media (min-width: 769px) {
-  .sidebar-parent:has(.sidebar.open) { padding-left: max(0px, 358px - max(0px, (100vw - 1400px) / 2)) !important; }
+/* Gradio makes room beside its sidebar by a measurement that a slow first load can lose. Up to 768px the sidebar takes the whole
+   width; no @media for that: in it Gradio lets rules reach only what is below .contain. */
+.sidebar-parent:has(.sidebar.open) {
+  padding-left: max(0px, min(358px - max(0px, (100vw - 1400px) / 2), (100vw - 768px) * 1000)) !important;
 }
 #introduction h1 { margin-bottom: 4px; }
 .step h2 { margin: 8px 0 0; }
