@@ -41,8 +41,13 @@ def browser():
 
 @pytest.fixture
 def visit(browser, url) -> Iterator[Callable]:
-    """`visit(query)` opens the page for one more visitor. In the end no page may have had an error or asked elsewhere."""
-    contexts, outside, errors = [], [], []
+    """`visit(query)` opens the page for one more visitor. In the end no page may have had an error or asked elsewhere; after
+    `visit.leaves()` errors do not count, since Gradio says so of a stream that the visitor left."""
+    contexts, outside, errors, left = [], [], [], []
+
+    def note(error: str) -> None:
+        if not left:
+            errors.append(error)
 
     def open_page(query: str = "?__theme=light", wait: str = "#strip .token"):
         context = browser.new_context(viewport={"width": 1280, "height": 900})
@@ -50,12 +55,13 @@ def visit(browser, url) -> Iterator[Callable]:
         page = context.new_page()
         page.set_default_timeout(20_000)
         page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else outside.append(r.url))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: note(str(error)))
+        page.on("console", lambda message: note(message.text) if message.type == "error" else None)
         page.goto(url + query)
         page.locator(wait).first.wait_for()
         return page
 
+    open_page.leaves = lambda: left.append(True)  # pyright: ignore[reportFunctionMemberAccess]
     yield open_page
     for context in contexts:
         context.close()

@@ -313,6 +313,7 @@ def test_leaving_the_page_ends_the_run(visit, leave):
     page.locator("#generate").click()
     expect(page.locator("#lane-base .status")).to_contain_text(re.compile(r"[1-9]\d* of 400 tokens"))
     assert streams()
+    visit.leaves()
     getattr(page, leave)()
     wait_until(lambda: not streams())
 
@@ -459,6 +460,8 @@ def test_nothing_is_wider_than_the_window(visit):
     for width in (1280, 700):
         page.set_viewport_size({"width": width, "height": 900})
         page.wait_for_timeout(300)
+        if width < 768:  # there the sidebar lies over the page until it is closed
+            page.locator("#sidebar .toggle-button").click()
         for name in ("Inspect", "Generate", "Sweep", "Attribution"):
             tab(page, name)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, name
