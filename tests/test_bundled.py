@@ -75,6 +75,7 @@ def test_fingerprints_fit_the_bundled_model(model):
     hooked.detach()
 
 
+@pytest.mark.slow
 def test_the_recorded_evaluation_comes_out_again(model):
     """On fewer tokens; the same to a few hundredths where the standard library is the same."""
     recorded = {row["site"]: row for row in json.loads((CHECKPOINTS / "eval.json").read_text())["results"]}
