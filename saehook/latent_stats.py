@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,30 +17,19 @@ from saehook.sae import LatentStats
 from saehook.tokenization import Windows
 
 
-class Clean(NamedTuple):
-    """Clean activations of the tokens in an SAE's mask."""
-
-    x: Tensor
-    """What it reads, [n, d_in]."""
-    y: Tensor
-    """What it reconstructs, [n, d_out]: x, but for a transcoder."""
-    mask: Tensor
-    """[rows, length] bool on the CPU."""
-
-
-def read_sites(hooked: HookedSAEs, ids: Tensor) -> dict[str, Clean]:
-    """Clean activations for every attached SAE, by its site."""
+def read_rows(hooked: HookedSAEs, ids: Any) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """x [rows, n, d_in], y [rows, n, d_out] and the mask [rows, n] for each attached SAE, on the device of x; rows of several
+    lengths are padded on the left."""
     group: list[ReadAction] = []
     sites = dict.fromkeys(site for one in hooked.attached.values() for site in (one.reads, one.writes))
     readers = {site: ReadAction(group, stop=True) for site in sites}
     hooked.run(ids, readers)
     found = {}
     for name, (sae, reads, writes) in hooked.attached.items():
-        read, written = readers[reads], readers[writes]
-        assert read.value is not None
-        assert written.value is not None
-        mask = read.mask(sae.mask_rule)
-        found[name] = Clean(read.value[mask], written.value[mask.to(written.value.device)], mask.cpu())
+        x, y = readers[reads], readers[writes]
+        assert x.value is not None
+        assert y.value is not None
+        found[name] = (x.value, y.value.to(x.value.device), x.mask(sae.mask_rule))
     return found
 
 
@@ -56,14 +45,14 @@ def measure_stats(hooked: HookedSAEs, tokens: Windows | Tensor, *, progress: boo
         for batch in tqdm(
             ids.split(max(1, 4096 // ids.shape[1])), desc="measuring", unit="batch", disable=not progress
         ):
-            for site, clean in read_sites(hooked, batch).items():
+            for site, (x, y, mask) in read_rows(hooked, batch).items():
                 firing, histogram, error = measured[site]
                 sae = hooked.saes[site]
-                for x, y in zip(sae.pieces(clean.x), sae.pieces(clean.y), strict=True) if len(clean.x) else ():
-                    out = sae(x)
+                for some, target in zip(sae.pieces(x[mask]), sae.pieces(y[mask]), strict=True) if mask.any() else ():
+                    out = sae(some)
                     firing.update(out.acts)
                     histogram.update(out.acts)
-                    error.update(y - out.x_hat)
+                    error.update(target - out.x_hat)
     stats = {}
     for site, (firing, histogram, error) in measured.items():
         if firing.count is None:

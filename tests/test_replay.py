@@ -239,6 +239,11 @@ def test_mistakes(parts, made, tmp_path):
             program_file(hooked, PROGRAMS[0], prompt=TEXT, tolerance=wrong)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="float32 cannot hold"):
         save_program(hooked, steer(3, 3e38, site=SITES[0]), tmp_path / "p.json", prompt=TEXT)
+    broken = attached(parts)
+    with torch.no_grad():
+        broken.lm.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(ArgumentError, match="NaN or infinity"):
+        save_program(broken, steer(3, 3.0, site=SITES[0]), tmp_path / "p.json", prompt=TEXT)
     assert not (tmp_path / "p.json").exists()
     with pytest.warns(NoEffectWarning, match="selected no token"):
         program_file(hooked, steer(3, 1.0, site=SITES[0], where=span(60)), prompt=TEXT)

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saehook.latent_stats import read_rows
 from saehook.suite.measure import Measure, median, ratio
-from saehook.suite.sample import AddAction, Sample, ids_of, read, rows_at_once, window_losses
+from saehook.suite.sample import AddAction, Sample, ids_of, rows_at_once, window_losses
 
 if TYPE_CHECKING:
     from saehook.hooked_saes import HookedSAEs
@@ -126,7 +127,7 @@ def of_latent(hooked: HookedSAEs, name: str, latent: int) -> Activation:
         found = []
         for start in range(0, len(rows), MOST_ROWS):
             part = [torch.tensor([*bos, *row]) for row in rows[start : start + MOST_ROWS]]
-            found.append(sae.encode(read(hooked, part)[name][0][:, -1])[:, latent].float().cpu())
+            found.append(sae.encode(read_rows(hooked, part)[name][0][:, -1])[:, latent].float().cpu())
         return torch.cat(found)
 
     return activation

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saehook.errors import ArgumentError
+from saehook.latent_stats import read_rows
 from saehook.suite.measure import Measure, ratio
 from saehook.suite.probe_tasks import ProbeTask
-from saehook.suite.sample import read
 
 if TYPE_CHECKING:
     from saehook.hooked_saes import HookedSAEs
@@ -124,7 +124,7 @@ def read_examples(hooked: HookedSAEs, tasks: Sequence[ProbeTask]) -> dict[str, E
     found: dict[str, list[Tensor]] = {name: [] for name in hooked.sites}
     for start in range(0, len(order), 64):
         batch = [rows[i] for i in order[start : start + 64]]
-        for name, (x, _, _) in read(hooked, batch).items():
+        for name, (x, _, _) in read_rows(hooked, batch).items():
             found[name].append(x[:, -1])
     back = torch.tensor(order).argsort()
     row = {text: i for i, text in enumerate(texts)}

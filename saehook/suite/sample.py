@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saehook.editing import Action, ReadAction
+from saehook.editing import Action
 from saehook.errors import ArgumentError
+from saehook.latent_stats import read_rows
 from saehook.positions import TokenView
 from saehook.sae import SAE
 from saehook.tokenization import Windows
@@ -94,7 +95,7 @@ def read_samples(hooked: HookedSAEs, tokens: Windows | Tensor) -> dict[str, Samp
     found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in hooked.sites}
     for start in range(0, len(ids), max(1, 4096 // ids.shape[1])):
         batch = ids[start : start + max(1, 4096 // ids.shape[1])]
-        for name, (x, y, mask) in read(hooked, batch).items():
+        for name, (x, y, mask) in read_rows(hooked, batch).items():
             row, column = mask.nonzero(as_tuple=True)
             found[name].append((x[mask], y[mask], row + start, column))
     samples = {}
@@ -136,21 +137,6 @@ def spread(ids: Tensor, tokens: int) -> Tensor:
     """Windows [n, length] that hold at most so many tokens (at least one window), evenly spaced over the text."""
     n = max(1, min(len(ids), tokens // ids.shape[1]))
     return ids[(torch.arange(n) * len(ids)) // n]
-
-
-def read(hooked: HookedSAEs, ids: Tensor | list[Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """x [rows, n, d_in], y [rows, n, d_out] and the mask [rows, n] for each attached SAE; rows are padded on the left."""
-    group: list[ReadAction] = []
-    sites = dict.fromkeys(site for one in hooked.attached.values() for site in (one.reads, one.writes))
-    readers = {site: ReadAction(group, stop=True) for site in sites}
-    hooked.run(ids, readers)
-    found = {}
-    for name, (sae, reads, writes) in hooked.attached.items():
-        x, y = readers[reads], readers[writes]
-        assert x.value is not None
-        assert y.value is not None
-        found[name] = (x.value, y.value.to(x.value.device), x.mask(sae.mask_rule))
-    return found
 
 
 class AddAction:
