@@ -21,6 +21,8 @@ from saehook.prefix import Follower
 PROBE_TOKENS = 32
 CHUNK_LOGITS = 2**24
 """Logits that are held at a time; a few tensors of this size, in float32, are there together."""
+BLOCK_LOGITS = 2**18
+"""Of these, as many as a CPU compares at a time: they stay in its cache."""
 
 
 class Scores(NamedTuple):
@@ -31,7 +33,7 @@ class Scores(NamedTuple):
     kl: Tensor
     """KL(clean ‖ this run)."""
     agrees: Tensor
-    """1 where the likeliest next token is that of the clean run, else 0."""
+    """1 where no token is likelier than the clean run's likeliest, else 0."""
 
 
 def _forms(lm: Any) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -104,22 +106,43 @@ class Head:
         parts: list[list[Scores]] = [[] for _ in others]
         for start in range(0, max(1, len(targets)), step):
             rows = slice(start, start + step)
-            log_p = self._log_probs(clean[rows])
-            p, best, next_ids = log_p.exp(), log_p.argmax(-1), targets[rows, None]
-            absent = p == 0
-            absent = absent if absent.any() else None
+            reference = _Clean(self.logits(clean[rows]))
             for found, states in zip(parts, others, strict=True):
-                log_q = log_p if states is clean else self._log_probs(states[rows])
-                ce = -log_q.gather(1, next_ids)[:, 0]
-                agrees = (log_q.argmax(-1) == best).float()
-                change = log_p - log_q
-                if absent is not None:  # 0 · log 0 = 0
-                    change.masked_fill_(absent, 0.0)
-                found.append(Scores(ce, torch.linalg.vecdot(p, change), agrees))
+                logits = reference.logits if states is clean else self.logits(states[rows])
+                found += reference.scores(logits, targets[rows])
         return [Scores(*(torch.cat(each) for each in zip(*part, strict=True))) for part in parts]
 
-    def _log_probs(self, states: Tensor) -> Tensor:
-        return self.logits(states).float().log_softmax(-1)
+
+class _Clean:
+    """The logits [n, vocabulary] that others are compared with."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.p = logits.float().softmax(-1)
+        self.log_sum = logits.float().logsumexp(-1)
+        self.best = logits.argmax(-1, keepdim=True)
+        absent = self.p == 0
+        self.absent = absent if absent.any() else None
+
+    def scores(self, logits: Tensor, targets: Tensor) -> Iterator[Scores]:
+        """Of a run with `logits`, in parts so small that a CPU reads each from memory once.
+
+        KL = Σ p (log p - log q) = Σ p (z_p - z_q) + log Σ exp z_q - log Σ exp z_p, from logits z.
+        """
+        step = BLOCK_LOGITS // logits.shape[1] if logits.device.type == "cpu" else len(logits)
+        step = max(1, step)
+        for start in range(0, max(1, len(logits)), step):
+            rows = slice(start, start + step)
+            z = logits[rows].float()
+            top = z.amax(-1, keepdim=True)
+            log_sum = (top + (z - top).exp_().sum(-1, keepdim=True).log_())[:, 0]
+            ce = log_sum - z.gather(1, targets[rows, None])[:, 0]
+            agrees = (z.gather(1, self.best[rows]) == top)[:, 0].float()
+            change = self.logits[rows].float() - z
+            if self.absent is not None:  # 0 · log 0 = 0
+                change.masked_fill_(self.absent[rows], 0.0)
+            kl = torch.linalg.vecdot(self.p[rows], change) + (log_sum - self.log_sum[rows])
+            yield Scores(ce, kl, agrees)
 
 
 def _same(found: Tensor, own: Tensor) -> bool:

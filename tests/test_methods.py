@@ -220,6 +220,7 @@ PENALTIES: dict[str, tuple[Method, dict[str, Any]]] = {
 def test_versions_of_a_penalised_method_agree(monkeypatch, kind, shift):
     """Loss, reconstruction, firing and all gradients; with blocks that do not divide the latents, and shared memory."""
     monkeypatch.setattr("saehook.kernels.dense.ENTRIES_AT_ONCE", 50 * 9)
+    monkeypatch.setattr("saehook.kernels.dense.LATENTS_AT_ONCE", 1)
     monkeypatch.setattr("saehook.kernels.selection.LATENTS_AT_ONCE", 7)
     monkeypatch.setattr("saehook.kernels.sparse.LATENTS_AT_ONCE", 5)
     activation, settings = PENALTIES[kind]

@@ -20,6 +20,8 @@ from saehook.kernels.scratch import Scratch, take
 
 ENTRIES_AT_ONCE = 2**19
 """Pre-activations in a block on a CPU: some tensors of that size stay in its cache."""
+LATENTS_AT_ONCE = 256
+"""At least as many latents are in a block: of fewer, products are slow."""
 ENTRIES_AT_ONCE_QUEUED = 2**26
 """The same on other devices, where larger products are faster."""
 
@@ -101,5 +103,5 @@ class _Dense(torch.autograd.Function):
 def _blocks(by_latent: Tensor) -> Iterator[slice]:
     """Latents that are treated together."""
     d_sae, n_tokens = by_latent.shape
-    size = max(1, (ENTRIES_AT_ONCE_QUEUED if queued(by_latent.device) else ENTRIES_AT_ONCE) // n_tokens)
+    size = max(LATENTS_AT_ONCE, (ENTRIES_AT_ONCE_QUEUED if queued(by_latent.device) else ENTRIES_AT_ONCE) // n_tokens)
     return (slice(first, first + size) for first in range(0, d_sae, size))

@@ -86,11 +86,11 @@ def main() -> None:
         ("GPT-2 size, prompt 64, 16 new", gpt2_sized(), 6, 64, 16),
     ):
         for said, where in (("generated tokens", generation()), ("every token", None)):
-            results[f"{name}, {said}"] = bench(model, layer, n_prompt, n_new, where, arguments.repeats)
-    text = json.dumps(results, indent=1)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
+            found = bench(model, layer, n_prompt, n_new, where, arguments.repeats)
+            results[f"{name}, {said}"] = found
+            print(json.dumps({f"{name}, {said}": found}, indent=1), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
