@@ -1,10 +1,11 @@
 """ReLU + L1, TopK, BatchTopK and JumpReLU at matched L0 on the bundled model: train, evaluate the stored files, keep the rows.
 
-    python demos/compare_methods.py --text NOVELS [--tokens 5M] [--k 32] [--seeds 3] [--run runs/methods] --json FILE
+    python demos/compare_methods.py --text NOVELS [--unseen FILE ...] [--tokens 5M] [--k 32] [--seeds 3] [--run runs/methods]
+        --json FILE
 
 One pass of the model over installed Python source and the novels feeds all of them; ReLU and JumpReLU are steered to L0 = k by
 the target-L0 controller. Stopped by Ctrl-C or a signal, the same command goes on. Dead latents are counted on the last
-training tokens and on held-out text, the standard-library modules and the novel that nothing was trained on.
+training tokens and on held-out text: the standard-library modules and the novel that nothing was trained on, and other files.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ METHODS = ["relu", "topk", "batchtopk", "jumprelu"]
 EVAL_TOKENS = 100_000
 DEAD_TOKENS = 1_000_000
 ROWS = 16
+
+
+def unseen_text(model: HookedModel, files: Iterable[Path], window: int) -> Windows:
+    """As many tokens as dead latents are counted on, where the files have them."""
+    return windows(corpus.read_documents(files), model.tokenizer, window, max_tokens=DEAD_TOKENS)
 
 
 @torch.no_grad()
@@ -72,6 +78,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--run", type=Path, default=Path("runs/methods"), help="SAEs, log and working files")
+    parser.add_argument("--unseen", type=Path, nargs="*", default=[], help="more text files to count dead latents on")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     model = HookedModel.from_pretrained(saehook.bundled("lm"))
@@ -89,7 +96,7 @@ def main() -> None:
     held_out_files = corpus.held_out_files()
     held_out = windows(corpus.read_documents(held_out_files), model.tokenizer, window, max_tokens=EVAL_TOKENS)
     novel = options.text / corpus.HELD_OUT_NOVEL
-    unseen = windows(corpus.read_documents([*held_out_files, novel]), model.tokenizer, window, max_tokens=DEAD_TOKENS)
+    unseen = unseen_text(model, [*held_out_files, novel, *options.unseen], window)
     run = train_saes(
         model,
         configs,

@@ -8,7 +8,7 @@ from saehook.errors import ArgumentError, FileError
 
 NAMES = {
     "lm": "a small Llama that writes Python and prose",
-    "sae": "BatchTopK SAE on the residual stream of the bundled lm",
+    "sae": "TopK SAE on the residual stream of the bundled lm",
     "sae-mlp": "BatchTopK SAE on an MLP output of the bundled lm",
 }
 

@@ -21,6 +21,8 @@ from saehook.prefix import Follower
 PROBE_TOKENS = 32
 CHUNK_LOGITS = 2**24
 """Logits that are held at a time; a few tensors of this size, in float32, are there together."""
+CHUNK_TOKENS = 1024
+"""No more tokens than these; their product is as fast as a larger one, and its memory is used again and again."""
 BLOCK_LOGITS = 2**18
 """Of these, as many as a CPU compares at a time: they stay in its cache."""
 
@@ -102,7 +104,8 @@ class Head:
     def scores(self, clean: Tensor, others: Sequence[Tensor], targets: Tensor) -> list[Scores]:
         """Of each run in `others`, [n, width] each, against the clean one; `targets` [n] are the next tokens. The clean run
         itself may be among them."""
-        step = max(1, CHUNK_LOGITS // self.hooked.lm.get_input_embeddings().num_embeddings)
+        vocabulary = self.hooked.lm.get_input_embeddings().num_embeddings
+        step = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary))
         parts: list[list[Scores]] = [[] for _ in others]
         for start in range(0, max(1, len(targets)), step):
             rows = slice(start, start + step)

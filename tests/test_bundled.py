@@ -9,7 +9,7 @@ import torch
 
 import saehook
 from saehook import corpus
-from saehook.config import BatchTopK, MaskRule
+from saehook.config import BatchTopK, MaskRule, TopK
 from saehook.errors import ArgumentError
 from saehook.evaluation import evaluate
 from saehook.tokenization import window_size, windows
@@ -42,13 +42,15 @@ def test_the_model_was_trained_on_the_text_that_its_card_names(model):
     assert loss == pytest.approx(notes["held_out"]["python"]["nats_per_token"], abs=0.4)
 
 
-@pytest.mark.parametrize("name", ["sae", "sae-mlp"])
-def test_sae_is_stored_in_bf16_with_all_its_facts(name):
+@pytest.mark.parametrize(
+    ("name", "architecture", "activation"), [("sae", "topk", TopK(k=32)), ("sae-mlp", "jumprelu", BatchTopK(k=32))]
+)
+def test_sae_is_stored_in_bf16_with_all_its_facts(name, architecture, activation):
     sae = saehook.load_sae(saehook.bundled(name))
     config = json.loads((saehook.bundled(name) / "cfg.json").read_text())
     assert config["dtype"] == "bfloat16"
-    assert config["architecture"] == "jumprelu"
-    assert sae.config.activation == BatchTopK(k=32)
+    assert config["architecture"] == architecture
+    assert sae.config.activation == activation
     assert sae.d_sae == 16 * sae.d_in
     assert sae.site is not None
     assert sae.stats is not None
