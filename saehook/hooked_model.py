@@ -56,12 +56,12 @@ from nnsight.intervention.tracer import InterleavingTracer  # noqa: E402
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 from transformers.utils.generic import ModelOutput  # noqa: E402
 
+from saehook.attachment import check_fingerprint, fingerprint, place_saes  # noqa: E402
 from saehook.edit_plan import Attached, EditPlan, Place, plan_edits, run_plan  # noqa: E402
 from saehook.editing import Action, ReadAction, StopForward, changed, changes  # noqa: E402
 from saehook.errors import (  # noqa: E402
     ArgumentError,
     FormatError,
-    MissingStatError,
     ShapeError,
     SiteError,
     SiteNotExecutedError,
@@ -74,10 +74,7 @@ from saehook.prefix import Follower  # noqa: E402
 from saehook.results import Report  # noqa: E402
 from saehook.runs import Runs  # noqa: E402
 from saehook.sae import SAE  # noqa: E402
-from saehook.sites import Site, layer_paths, named_sites, resolve, same_site  # noqa: E402
-from saehook.tokenization import is_outlier, keep_mask, special_ids  # noqa: E402
-
-FINGERPRINT_FACTOR = 2.0
+from saehook.sites import Site, layer_paths, named_sites, resolve  # noqa: E402
 
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -697,34 +694,7 @@ class HookedModel(Runs):
         """
         if check not in {"site", "fingerprint", "off"}:
             raise ArgumentError(f"check={check!r} is unknown; expected 'site', 'fingerprint' or 'off'.")
-        if isinstance(saes, SAE):
-            if saes.site is None:
-                raise SiteError(
-                    "this SAE does not say which site it belongs to. Name it: model.attach({'layers.2.resid_post': sae})."
-                )
-            saes = {saes.site: saes}
-        if not saes:
-            raise ArgumentError("attach() got no SAE. Give one, or {site: sae}.")
-        attached: dict[str, Attached] = {}
-        sites: dict[str, Site] = {}
-        for given, several in saes.items():
-            many = several if isinstance(several, (list, tuple)) else [several]
-            taken = {one.reads for one in attached.values()}
-            for number, sae in enumerate(many):
-                if not isinstance(sae, SAE):
-                    raise ArgumentError(f"{type(sae).__name__} is no SAE; load one with saehook.load_sae(path).")
-                if sae.device.type == "meta":
-                    raise ArgumentError(f"the SAE for {given} has sizes and no weights. Load it without device='meta'.")
-                read_name, written_name = self._names(given, sae)
-                read = written = self._one_site(read_name, sae.site, sae.d_in, check, sites)
-                if written_name is not None:
-                    written = self._one_site(written_name, sae.site_out, sae.d_out, check, sites)
-                name = read.name if len(many) == 1 else f"{read.name}#{number}"
-                if read.name in taken:
-                    raise SiteError(
-                        f"two SAEs are given for {read.name}, one by one; give them together: {{site: [sae, other]}}."
-                    )
-                attached[name] = Attached(sae, read.name, written.name)
+        attached, sites = place_saes(self, saes, checked=check != "off")
         for name, (sae, _, writes) in attached.items():
             sae.to(self.device)
             if check == "fingerprint":
@@ -739,86 +709,18 @@ class HookedModel(Runs):
         with self._lock:
             return _Taps(self._nnsight, [resolve(self.lm, name)[0] for name in wanted], attached, self._lock)
 
-    @staticmethod
-    def _names(name: str | tuple[str, str], sae: SAE) -> tuple[str, str | None]:
-        """The site that an SAE reads, and the other one that a transcoder writes."""
-        if isinstance(name, str):
-            if sae.is_transcoder and sae.site_out is None:
-                raise SiteError(
-                    f"the transcoder for {name} does not say which site it writes. Name both: "
-                    "model.attach({('layers.2.mlp_in', 'layers.2.mlp_out'): sae})."
-                )
-            return name, sae.site_out if sae.is_transcoder else None
-        if not sae.is_transcoder:
-            raise SiteError(f"{name!r} names two sites, and the SAE is no transcoder: name one.")
-        return name
-
-    def _one_site(self, name: str, recorded: str | None, width: int, check: str, known: dict[str, Site]) -> Site:
-        """The site of that name, put among those that are known, for an SAE recorded for `recorded`.
-
-        Raises:
-            SiteError, ShapeError: as `attach` says.
-        """
-        found = resolve(self.lm, name)
-        if len(found) != 1:
-            raise SiteError(f"{name!r} names {len(found)} sites; an SAE is attached at exactly one.")
-        site = found[0]
-        for other in known.values():  # one place has one name
-            if (site.path, site.side, site.in_place) == (other.path, other.side, other.in_place):
-                site = other
-        if check != "off" and recorded is not None and not same_site(self.lm, recorded, site.name):
-            raise SiteError(
-                f"this SAE was trained on {recorded}, not on {site.name}: its numbers would be meaningless there. "
-                "Attach it at its own site, or pass check='off' if you mean it."
-            )
-        if width != self.width(site):
-            raise ShapeError(
-                f"the SAE expects width {width}, but {site.name} of {self.model_id} has {self.width(site)}. "
-                "It belongs to another model or site."
-            )
-        known[site.name] = site
-        return site
-
     def fingerprint(self, site: str, sae: SAE, ids: Tensor, *, site_out: str | None = None) -> dict[str, Any]:
         """What the SAE does on one window of ids: FVU, L0 and mean norm over the mask, and the ids.
 
         `site_out`: where a transcoder writes.
         """
-        from saehook.metrics import Firing, Reconstruction
-
-        site = site.partition("#")[0]
-        names = [site] if site_out is None or site_out == site else [site, site_out]
-        values = [x[0].float() for x in self.activations(ids[None], names).values()]
-        x, y = values[0], values[-1]
-        keep = keep_mask(ids, None, special_ids(self.tokenizer), sae.mask_rule.skip_first_tokens).to(x.device)
-        keep = keep & ~is_outlier(torch.linalg.vector_norm(x, dim=-1), sae.mask_rule)
-        x, y = x[keep], y[keep]
-        reconstruction, firing = Reconstruction(), Firing()
-        with torch.no_grad():
-            for some, target in zip(sae.pieces(x), sae.pieces(y), strict=True):
-                out = sae(some)
-                reconstruction.update(target, out.x_hat)
-                firing.update(out.acts)
-        norm = float(torch.linalg.vector_norm(x.double(), dim=-1).mean())
-        return {"fvu": reconstruction.fvu, "l0": firing.l0, "mean_norm": norm, "token_ids": ids.tolist()}
+        return fingerprint(self, site, sae, ids, site_out)
 
     def check_fingerprint(self, site: str, site_out: str, sae: SAE) -> None:
         """Measure an SAE that reads `site` and writes `site_out` on the tokens of the fingerprint in its file.
 
         Raises:
             MissingStatError: its file holds none.
-            SiteError: FVU, L0 or norm differ by more than a factor of `FINGERPRINT_FACTOR`.
+            SiteError: FVU, L0 or norm differ by more than a factor of 2.
         """
-        recorded = sae.metadata.get("fingerprint")
-        if not recorded:
-            raise MissingStatError(
-                f"the SAE for {site} holds no fingerprint, so check='fingerprint' has nothing to compare. Use check='site'."
-            )
-        measured = self.fingerprint(site, sae, torch.tensor(recorded["token_ids"]), site_out=site_out)
-        for name in ("fvu", "l0", "mean_norm"):
-            ratio = measured[name] / recorded[name] if recorded[name] else float("inf")
-            if not 1 / FINGERPRINT_FACTOR <= ratio <= FINGERPRINT_FACTOR:
-                raise SiteError(
-                    f"at {site} of {self.model_id} this SAE has {name} = {measured[name]:.4g}, its file records "
-                    f"{recorded[name]:.4g} on the same tokens: another model, revision or site. Check where it comes from."
-                )
+        check_fingerprint(self, site, site_out, sae)

@@ -106,14 +106,15 @@ class Head:
         itself may be among them."""
         vocabulary = self.hooked.lm.get_input_embeddings().num_embeddings
         step = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary))
-        parts: list[list[Scores]] = [[] for _ in others]
-        for start in range(0, max(1, len(targets)), step):
+        # Made beforehand: small results made between large temporaries would leave holes in the heap, gigabytes in all.
+        found = [Scores(*clean.new_empty(3, len(targets), dtype=torch.float32)) for _ in others]
+        for start in range(0, len(targets), step):
             rows = slice(start, start + step)
             reference = _Clean(self.logits(clean[rows]))
-            for found, states in zip(parts, others, strict=True):
+            for scores, states in zip(found, others, strict=True):
                 logits = reference.logits if states is clean else self.logits(states[rows])
-                found += reference.scores(logits, targets[rows])
-        return [Scores(*(torch.cat(each) for each in zip(*part, strict=True))) for part in parts]
+                reference.score(logits, targets[rows], Scores(*(each[rows] for each in scores)))
+        return found
 
 
 class _Clean:
@@ -127,25 +128,23 @@ class _Clean:
         absent = self.p == 0
         self.absent = absent if absent.any() else None
 
-    def scores(self, logits: Tensor, targets: Tensor) -> Iterator[Scores]:
-        """Of a run with `logits`, in parts so small that a CPU reads each from memory once.
+    def score(self, logits: Tensor, targets: Tensor, into: Scores) -> None:
+        """A run with `logits`, in parts so small that a CPU reads each from memory once.
 
         KL = Σ p (log p - log q) = Σ p (z_p - z_q) + log Σ exp z_q - log Σ exp z_p, from logits z.
         """
-        step = BLOCK_LOGITS // logits.shape[1] if logits.device.type == "cpu" else len(logits)
-        step = max(1, step)
-        for start in range(0, max(1, len(logits)), step):
+        step = max(1, BLOCK_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+        for start in range(0, len(logits), step):
             rows = slice(start, start + step)
             z = logits[rows].float()
             top = z.amax(-1, keepdim=True)
             log_sum = (top + (z - top).exp_().sum(-1, keepdim=True).log_())[:, 0]
-            ce = log_sum - z.gather(1, targets[rows, None])[:, 0]
-            agrees = (z.gather(1, self.best[rows]) == top)[:, 0].float()
+            into.ce[rows] = log_sum - z.gather(1, targets[rows, None])[:, 0]
+            into.agrees[rows] = (z.gather(1, self.best[rows]) == top)[:, 0].float()
             change = self.logits[rows].float() - z
             if self.absent is not None:  # 0 · log 0 = 0
                 change.masked_fill_(self.absent[rows], 0.0)
-            kl = torch.linalg.vecdot(self.p[rows], change) + (log_sum - self.log_sum[rows])
-            yield Scores(ce, kl, agrees)
+            into.kl[rows] = torch.linalg.vecdot(self.p[rows], change) + (log_sum - self.log_sum[rows])
 
 
 def _same(found: Tensor, own: Tensor) -> bool:

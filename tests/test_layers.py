@@ -22,7 +22,7 @@ LAYERS = [
     "program_file",
     "checkpoint latent_notes writers reconstruction eval_result row_edits edit_blocks editing results edit_plan "
     "full_report sampling_noise calibration methods",
-    "runs attribution dose_response kl_strength hooked_saes hooked_model fit streaming sae_run trainer",
+    "attachment runs attribution dose_response kl_strength hooked_saes hooked_model fit streaming sae_run trainer",
     "harvest activation_cache lm_head evaluation latent_stats inspection continuation kl_tuning replay export "
     "neuronpedia",
     "charts model_card page reports eval_report training_run dashboards latent_page latent_search suite/* adapters/*",
