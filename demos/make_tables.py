@@ -1,16 +1,22 @@
-"""Fill the tables of the README from the stored numbers; a test compares them.
+"""Fill the tables of the README and checkpoints/suite.md from the stored numbers; tests compare them.
 
-python demos/make_tables.py
+python demos/make_tables.py            the tables
+python demos/make_tables.py --suite    first measure the slow metrics of the bundled SAEs anew, into checkpoints/suite.json
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATION = ROOT / "checkpoints" / "eval.json"
+SUITE, SUITE_TABLE = ROOT / "checkpoints" / "suite.json", ROOT / "checkpoints" / "suite.md"
 
 
 def evaluation() -> str:
@@ -105,6 +111,52 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def weights_sha256(name: str) -> str:
+    """Of a bundled SAE: says which weights numbers are of."""
+    return hashlib.sha256((ROOT / "checkpoints" / name / "sae_weights.safetensors").read_bytes()).hexdigest()
+
+
+def measure_suite() -> None:
+    """`saehook eval --suite full` on the bundled SAEs; what it adds is stored."""
+    from saehook.cli import main
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "eval.json"
+        assert main(["eval", "--suite", "full", "--json", str(file)]) == 0
+        suite: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["suite"]
+    saes = dict.fromkeys(row["sae"] for row in suite["rows"])
+    suite["provenance"]["weights_sha256"] = {name: weights_sha256(name) for name in saes}
+    SUITE.write_text(json.dumps(suite, indent=1) + "\n", encoding="utf-8")
+
+
+def suite_table() -> str:
+    """checkpoints/suite.md."""
+    from saehook.suite_report import measure_text
+
+    suite = json.loads(SUITE.read_text(encoding="utf-8"))
+    cells = {(row["name"], row["sae"]): row for row in suite["rows"]}
+    saes = list(dict.fromkeys(row["sae"] for row in suite["rows"]))
+    provenance = suite["provenance"]
+    lines = [
+        "# Slow metrics of the bundled SAEs",
+        "",
+        "Made by `python demos/make_tables.py --suite`, which runs `saehook eval --suite full`: held-out modules of Python "
+        f"{provenance['versions']['python']}, {max(provenance['tokens'].values()):,} tokens of them, seed {provenance['seed']}. "
+        "What each measure is: `saehook/suite/`. In brackets 95 % intervals over what it is measured on.",
+        "",
+        f"| measure | {' | '.join(saes)} | unit | measured on |",
+        "|---|" + "---|" * (len(saes) + 2),
+    ]
+    for name in dict.fromkeys(row["name"] for row in suite["rows"]):
+        found = [cells.get((name, sae)) for sae in saes]
+        first = next(row for row in found if row)
+        measured = " / ".join(dict.fromkeys(f"{row['n']:,} {row['of']}" for row in found if row))
+        values = " | ".join(measure_text(row) if row else "–" for row in found)
+        lines.append(f"| {name} | {values} | {first['unit']} | {measured} |")
+    lines += ["", *(f"{gone['site']}: no {gone['metric']}: {gone['why']}\n" for gone in suite["left_out"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
 TABLES = {
     "checkpoints/eval.json": evaluation,
     "compare_methods": methods,
@@ -123,5 +175,10 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", action="store_true", help="measure the slow metrics anew; some minutes")
+    if parser.parse_args().suite:
+        measure_suite()
+    SUITE_TABLE.write_text(suite_table(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")

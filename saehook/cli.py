@@ -1,4 +1,4 @@
-"""`saehook demo | eval | report | train | generate | replay | export | stats | sites | plan | info | convert | push`: one file
+"""`saehook demo | eval | probes | report | train | generate | replay | export | stats | sites | plan | info | convert | push`: one file
 of `commands/` each.
 
 Every command works on the bundled files without further arguments. Heavy packages are imported by the command that needs
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from saehook.errors import SaehookError, TrainingInterrupted
 
-COMMANDS = "demo eval report train generate replay export stats sites plan info convert push".split()
+COMMANDS = "demo eval probes report train generate replay export stats sites plan info convert push".split()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

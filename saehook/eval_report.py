@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from saehook.charts import Curve, bars, curve_chart, density_bars, escape, human
-from saehook.errors import FileError
+from saehook.errors import FileError, FormatError
 from saehook.eval_result import EvalResult, EvalRow
 from saehook.files import atomic_write
 from saehook.page import counted, figure, flat, grid, page, section, table
+from saehook.suite_report import suite_sections
 
 _DRAWN = {"positions", "l0", "density", "special"}
 """Blocks that have a picture or a table of their own."""
@@ -31,12 +33,21 @@ def write_eval_report(path: Path, out: Path) -> Path:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"cannot read {path}: {error}. Name the file that `saehook eval --json` wrote.") from None
-    atomic_write(out, report_of(EvalResult.from_json(text)))
+    result = EvalResult.from_json(text)
+    atomic_write(out, report_of(result, json.loads(text).get("suite")))
     return out
 
 
-def report_of(result: EvalResult) -> str:
-    """The page as HTML."""
+def report_of(result: EvalResult, suite: Mapping[str, Any] | None = None) -> str:
+    """The page as HTML; `suite` are the slow metrics as `SuiteResult.to_dict` gives them.
+
+    Raises:
+        FormatError: `suite` is something else.
+    """
+    try:
+        slow = list(suite_sections(suite)) if suite is not None else []
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise FormatError(f"its slow metrics are none ({error!r}). Write them with `saehook eval --suite full --json`.") from None
     rows = result.results
     lm = result.provenance.get("lm", {})
     n = sum(row.site != "all" for row in rows)
@@ -51,6 +62,7 @@ def report_of(result: EvalResult) -> str:
         section("How often the latents fire", grid(_densities(rows))),
         section("Tokens that do not count", _special(rows)),
         *_other_blocks(rows),
+        *slow,
         section("How it was measured", _provenance(result)),
     ]
     return page(title, parts, len(rows))

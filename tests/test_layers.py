@@ -25,7 +25,7 @@ LAYERS = [
     "attachment runs attribution dose_response kl_strength hooked_saes hooked_model fit streaming sae_run trainer",
     "harvest activation_cache lm_head evaluation latent_stats inspection continuation kl_tuning replay export "
     "neuronpedia",
-    "charts model_card page reports eval_report training_run dashboards latent_page latent_search suite/* adapters/*",
+    "charts model_card page reports suite_report eval_report training_run dashboards latent_page latent_search suite/* adapters/*",
     "app/*",
     "commands/* cli __main__ __init__",
 ]

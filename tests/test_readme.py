@@ -1,12 +1,15 @@
 """The README runs, and its tables are those of the stored numbers."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from saehook.suite import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,13 +38,28 @@ def test_every_command_shown_exists():
     assert all(command in helps for command in COMMANDS)
 
 
-def test_tables_are_made_from_the_stored_numbers():
+@pytest.fixture(scope="module")
+def make_tables():
     spec = importlib.util.spec_from_file_location("make_tables", ROOT / "demos" / "make_tables.py")
     assert spec is not None
     assert spec.loader is not None
-    make_tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_tables)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_made_from_the_stored_numbers(make_tables):
     assert make_tables.filled(README) == README, "run: python demos/make_tables.py"
+    assert make_tables.suite_table() == make_tables.SUITE_TABLE.read_text(encoding="utf-8")
+
+
+def test_the_slow_metrics_are_those_of_the_bundled_weights(make_tables):
+    suite = json.loads(make_tables.SUITE.read_text(encoding="utf-8"))
+    for name, digest in suite["provenance"]["weights_sha256"].items():
+        assert make_tables.weights_sha256(name) == digest, f"{name} is another now; run: python demos/make_tables.py --suite"
+    left_out = {gone["metric"] for gone in suite["left_out"]}
+    assert {row["metric"] for row in suite["rows"]} | left_out == set(METRICS) - {"stability", "compute_equivalent"}
+    assert {"sae", "sae-mlp"} == {row["sae"] for row in suite["rows"]}
 
 
 def test_every_module_has_a_place_in_the_architecture_table():

@@ -15,10 +15,13 @@ from saehook.commands.shared import (
     attach,
     documents_of_setting,
     held_out_text,
+    load_model,
     note_other_text,
+    whole_number,
     write_json,
 )
 from saehook.errors import ArgumentError
+from saehook.suite import METRICS
 
 if TYPE_CHECKING:
     from saehook.corpus import Document
@@ -44,16 +47,27 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--suite",
-        choices=["core", "full"],
-        default="core",
-        help="full adds slow metrics of the latents (default: core)",
+        nargs="+",
+        choices=["core", "full", *METRICS],
+        default=["core"],
+        metavar="METRIC",
+        help=f"full adds slow metrics of the latents, or name some: {', '.join(METRICS)} (default: core, none of them)",
     )
     sub.add_argument(
         "--probe-tasks",
         nargs="+",
         metavar="FILE",
-        help='two-class questions for --suite full, one {"text": .., "labels": {..}} a line (default: made from the text, or '
-        "from the held-out modules)",
+        help='two-class questions for the suite, one {"text": .., "labels": {..}} a line; `saehook probes` writes such '
+        "files\n(default: made from the text, or from the held-out modules)",
+    )
+    sub.add_argument(
+        "--lm-checkpoints",
+        nargs="+",
+        type=lm_checkpoint,
+        default=[],
+        metavar="STEP=LM",
+        help="checkpoints of the language model's own training for compute_equivalent: steps or tokens, and a folder or "
+        "hf:owner/name,revision=..",
     )
 
 
@@ -64,32 +78,57 @@ def run(arguments: argparse.Namespace) -> None:
     saehook eval                                        the bundled model and SAEs on held-out standard-library modules
     saehook eval --lm gpt2 --sae runs/a/* --text heldout.txt --tokens 1M --json eval.json
     saehook eval --suite full                           and what takes longer: probes, explanations, steering, ...
+    saehook eval --suite stability --sae runs/seeds/*   latents that the SAEs of several seeds share
+    saehook eval --suite compute_equivalent --lm-checkpoints 10M=lm/10M 20M=lm/20M 40M=lm/40M
     saehook report eval.json -o report.html             a page with plots
     """
-    if arguments.probe_tasks and arguments.suite != "full":
-        raise ArgumentError("--probe-tasks are for --suite full. Give both, or neither.")
-    evaluated(arguments, check=arguments.check, seed=arguments.seed, full=arguments.suite == "full")
+    metrics = [name for name in METRICS if name in arguments.suite or "full" in arguments.suite]
+    for option, given, needed in (
+        ("--probe-tasks", arguments.probe_tasks, {"probe_loss", "absorption"}),
+        ("--lm-checkpoints", arguments.lm_checkpoints, {"compute_equivalent"}),
+    ):
+        if given and not needed & set(metrics):
+            raise ArgumentError(f"{option} is for --suite full or {' or '.join(sorted(needed))}. Give both, or neither.")
+    evaluated(arguments, check=arguments.check, seed=arguments.seed, metrics=metrics)
+
+
+def lm_checkpoint(text: str) -> tuple[int, str]:
+    """`10M=folder` as (10000000, "folder")."""
+    step, _, lm = text.partition("=")
+    if not lm:
+        raise argparse.ArgumentTypeError(f"{text!r}; STEP=LM is expected, e.g. 10M=checkpoints/10M")
+    return whole_number(step), lm
 
 
 def evaluated(
-    arguments: argparse.Namespace, *, check: str = "fingerprint", seed: int = 0, full: bool = False
+    arguments: argparse.Namespace, *, check: str = "fingerprint", seed: int = 0, metrics: Sequence[str] = ()
 ) -> tuple[HookedSAEs, dict[str, Path]]:
-    """The model with the SAEs attached, and the folder of each by its name there, after the table was printed."""
+    """The model with the SAEs attached, and the folder of each by its name there, after the tables were printed."""
     from saehook.evaluation import evaluate as run
 
     hooked, folders = attach(arguments)
     documents = documents_of_setting(vars(arguments), "text")
     text = held_out_text(documents, arguments.tokens, hooked.model)
-    tasks = probe_tasks(arguments.probe_tasks, documents, seed) if full else []
+    probed = bool({"probe_loss", "absorption"} & set(metrics))
+    tasks = probe_tasks(arguments.probe_tasks, documents, seed) if probed else []
     if not arguments.text:
         note_other_text(hooked, text)
     result = run(hooked, text, names=labels(folders), check=check, seed=seed)
     print(result.table())
     write_json(arguments.json, result.to_json())
-    if full:
+    if metrics:
         from saehook.suite.run import run_suite
 
-        suite = run_suite(hooked, text, names=labels(folders), tasks=tasks, seed=seed)
+        given = arguments.lm_checkpoints
+        suite = run_suite(
+            hooked,
+            text,
+            names=labels(folders),
+            tasks=tasks,
+            lm_checkpoints=((step, load_model(lm)) for step, lm in given) if given else (),
+            only=None if set(metrics) == set(METRICS) else metrics,
+            seed=seed,
+        )
         print(suite.table())
         both = json.loads(result.to_json()) | {"suite": suite.to_dict()}
         write_json(arguments.json, json.dumps(both, indent=1, allow_nan=False))

@@ -62,12 +62,21 @@ def whole_number(text: str) -> int:
 
 
 def load_lm(arguments: argparse.Namespace) -> HookedModel:
+    return load_model(str(arguments.lm or bundled("lm")))
+
+
+def load_model(name: str) -> HookedModel:
+    """A folder, a hub id, or `hf:owner/name[,revision=..]`."""
     from transformers.utils import logging
 
+    from saehook import hub
     from saehook.hooked_model import HookedModel
 
     logging.disable_progress_bar()
-    return HookedModel.from_pretrained(str(arguments.lm or bundled("lm")))
+    if not hub.is_hub_name(name):
+        return HookedModel.from_pretrained(name)
+    place = hub.parse(name)
+    return HookedModel.from_pretrained(place.repo, revision=place.revision or "main")
 
 
 def sae_folders(arguments: argparse.Namespace) -> list[Path]:

@@ -156,7 +156,7 @@ def _open(path: Path, options: dict[str, Any]) -> tuple[Files, Any]:
         more, failures = _matching(others, options)
         found, failed = more, failed or ([] if more else failures)
         if failed and not more:
-            raise failed[0]
+            raise _nothing(path) if not usual and _below(path) else failed[0]
     if len(found) > 1:
         names = ", ".join(str(files.path.relative_to(path)) for files, _ in found[:20])
         raise FileError(f"{path} holds {len(found)} SAEs: {names}. Name one with sub=.")
@@ -192,18 +192,17 @@ def _no_format(files: Files) -> str:
     )
 
 
+def _below(path: Path) -> list[str]:
+    """Folders in it that look like an SAE, by the names of their files."""
+    depths = ("*", "*/*", "*/*/*")
+    return sorted({str(p.parent.relative_to(path)) for name in USUAL for d in depths for p in path.glob(f"{d}/{name}")})
+
+
 def _nothing(path: Path) -> FileError:
     """Why a folder holds no SAE: its parts that are there, or the SAEs below it."""
     if (path / "cfg.json").is_file():
         return FileError(f"{path} has cfg.json but no sae_weights.safetensors or other weights. Copy the whole folder.")
-    below = sorted(
-        {
-            str(p.parent.relative_to(path))
-            for name in USUAL
-            for depth in ("*", "*/*", "*/*/*")
-            for p in path.glob(f"{depth}/{name}")
-        }
-    )
+    below = _below(path)
     hint = f" Below it are {', '.join(below[:20])}: name one with sub=." if below else ""
     return FileError(
         f"{path} holds no cfg.json and no weights, so it is no SAE that saehook reads.{hint} Expected are cfg.json and "

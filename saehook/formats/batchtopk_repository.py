@@ -45,6 +45,8 @@ def read(files: Files) -> Contents:
     tied = data.get("tied_weights") is True
     tensors["W_dec"] = files.decoder(files.tensor("W_enc").T if tied else files.tensor("W_dec"))
     notes = []
+    if "input_unit_norm" not in data:
+        notes.append("its configuration does not say input_unit_norm; its input is taken as it is")
     if kind in ("topk", "batchtopk") and not data.get("use_encoder_bias"):
         tensors["b_enc"] = torch.zeros_like(tensors["b_enc"])
     if kind == "batchtopk":

@@ -32,12 +32,13 @@ CLASSES = {
     "AutoEncoder": LINEAR | {"bias"},
     "AutoEncoderNew": LINEAR | {"decoder.bias"},
     "GatedAutoEncoder": {"encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "mag_bias", "gate_bias"},
-    "AutoEncoderTopK": LINEAR | {"b_dec", "k"},
+    "AutoEncoderTopK": LINEAR | {"b_dec"},
     "BatchTopKSAE": LINEAR | {"b_dec", "k", "threshold"},
     "MatryoshkaBatchTopKSAE": PLAIN | {"k", "threshold", "group_sizes"},
     "JumpReluAutoEncoder": PLAIN | {"threshold"},
 }
-"""What a state dict of each class must hold; an AutoEncoderTopK of later versions has a threshold, too."""
+"""What a state dict of each class must hold; an AutoEncoderTopK has k in most versions, in later ones a threshold, too."""
+OPTIONAL = {"AutoEncoderTopK": {"k", "threshold"}}
 B_DEC = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
 NOT_SUBTRACTED = {"AutoEncoderNew", "JumpReluAutoEncoder"}
 BACKUP = {"step", "ae", "optimizer", "config", "norm_factor"}
@@ -50,7 +51,7 @@ def _state(files: Files) -> dict[str, Any]:
 
 def _classes(names: set[str]) -> list[str]:
     """Classes that such a state dict may be of."""
-    return [name for name, needed in CLASSES.items() if needed <= names <= needed | {"threshold"}]
+    return [name for name, needed in CLASSES.items() if needed <= names <= needed | OPTIONAL.get(name, set())]
 
 
 def matches(files: Files) -> bool:
@@ -72,7 +73,7 @@ def read(files: Files) -> Contents:
     else:
         notes = []
     kind = _class(files, trainer)
-    files.expect(CLASSES[kind], ["threshold"] if kind == "AutoEncoderTopK" else [])
+    files.expect(CLASSES[kind], OPTIONAL.get(kind, []))
     tensors = _tensors(files, kind)
     d_sae = len(tensors["b_enc"])
     threshold = files.number("threshold") if kind not in ("JumpReluAutoEncoder", "AutoEncoderTopK") else None
@@ -152,9 +153,10 @@ def _activation(files: Files, kind: str, trainer: dict[str, Any]) -> Activation:
         return ReLU()
     if kind in ("GatedAutoEncoder", "JumpReluAutoEncoder"):
         return JumpReLU()
-    k = files.number("k")
-    if k is None or k != int(k):
-        raise FormatError(f"{files.path}: k is {k}; a whole number is expected.")
+    k = files.known.get("k") if "k" not in files.names else files.number("k")
+    k = trainer.get("k") if k is None else k
+    if isinstance(k, bool) or not isinstance(k, (int, float)) or k != int(k):
+        raise FormatError(f"{files.path}: k is {k!r}; a whole number is expected, there or in config.json. Give k=.")
     said = trainer.get("k", k)
     if said != k:
         raise FormatError(f"{files.config_path('trainer')} says k = {said}, and {files.path.name} holds k = {k}.")

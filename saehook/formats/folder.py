@@ -190,6 +190,11 @@ def _read_yaml(path: Path) -> Any:
         return None
 
 
+def as_whole(value: Any) -> Any:
+    """4.0 as 4, which some tools write; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def whole_number(data: Mapping[str, Any], name: str, path: Path, default: int | None = None) -> int:
     """A field that is a whole number of at least 1.
 
@@ -200,7 +205,7 @@ def whole_number(data: Mapping[str, Any], name: str, path: Path, default: int | 
         return default
     if name not in data:
         raise FormatError(f"{path}: {name!r} is missing.")
-    value = data[name]
+    value = as_whole(data[name])
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise FormatError(f"{path}: {name} is {value!r}; a whole number of at least 1 is expected.")
+        raise FormatError(f"{path}: {name} is {data[name]!r}; a whole number of at least 1 is expected.")
     return value

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saehook.config import SAEConfig
-from saehook.formats.places import inside_a_norm, our_site
+from saehook.formats.places import depends_on_the_model, inside_a_norm, our_site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +33,21 @@ class Provenance:
     """Keys of that configuration that the reader does not know; they are kept in `config`."""
     notes: tuple[str, ...] = ()
     """What the reader decided or could not know, a sentence each."""
+    in_our_grammar: bool = False
+    """saehook wrote the names of the sites: they stay as they are."""
 
     @property
     def site(self) -> str | None:
         """`peer_site` in our grammar, where the name alone tells; as the peer spells it where only the model can."""
-        return our_site(self.peer_site, self.lm)
+        return self._ours(self.peer_site)
 
     @property
     def site_out(self) -> str | None:
         """`peer_site_out` in our grammar."""
-        return our_site(self.peer_site_out, self.lm)
+        return self._ours(self.peer_site_out)
+
+    def _ours(self, name: str | None) -> str | None:
+        return name if self.in_our_grammar else our_site(name, self.lm)
 
     def all_notes(self) -> tuple[str, ...]:
         """`notes`, and what the names of keys and sites give cause to say."""
@@ -50,6 +55,11 @@ class Provenance:
         if self.unknown:
             notes.append(f"keys of its configuration that saehook does not know: {', '.join(self.unknown)}")
         for name in (self.peer_site, self.peer_site_out):
+            if self.lm is None and not self.in_our_grammar and depends_on_the_model(name):
+                notes.append(
+                    f"nothing says which language model it is of, and {name} is taken to be {our_site(name)}; where a norm "
+                    "follows (Gemma 2 and 3) that is another value: name the site when you attach it there"
+                )
             if name is not None and inside_a_norm(name):
                 notes.append(
                     f"{name} is the value inside the norm, before its gain: no site that can be read here. "

@@ -9,6 +9,7 @@ JumpReLU; b_dec is not subtracted. Training saw x · sqrt(d_in) / E‖x‖: that
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ from saehook.formats.found import Contents, Provenance
 NEEDED = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
 LOG_THRESHOLD = "log_jumprelu_threshold"
 NORM = "dataset_average_activation_norm"
+KNOWN = set(
+    "hook_point_in hook_point_out d_model d_sae expansion_factor act_fn jump_relu_threshold dataset_average_activation_norm "
+    "sae_type model_name use_decoder_bias apply_decoder_bias_to_pre_encoder norm_activation sparsity_include_decoder_norm "
+    "top_k strict_mode dtype device init_decoder_norm init_encoder_norm init_encoder_with_decoder_transpose lp l1_coefficient "
+    "l1_coefficient_warmup_steps top_k_warmup_steps use_glu_encoder use_ghost_grads tp_size ddp_size ignore_token_ids "
+    "sae_pretrained_name_or_path sae_from_pretrained_path init_with_bias".split()
+)
 
 
 def matches(files: Files) -> bool:
@@ -41,8 +49,7 @@ def read(files: Files) -> Contents:
     if data is None:
         raise FormatError(f"{files.path}: config.json beside it, which says d_model, is missing.")
     d_in = whole_number(data, "d_model", path)
-    factor = 1 if "d_sae" in data else whole_number(data, "expansion_factor", path)
-    d_sae = whole_number(data, "d_sae", path, d_in * factor)
+    d_sae = _d_sae(data, d_in, path)
     if data.get("use_decoder_bias") is False or data.get("apply_decoder_bias_to_pre_encoder"):
         raise FormatError(f"{path}: such a use of the decoder's bias is not supported.")
     tensors = {
@@ -83,9 +90,19 @@ def read(files: Files) -> Contents:
         peer_site_out=out if is_transcoder and isinstance(out, str) else None,
         lm=_lm(files, data),
         config=data,
+        unknown=tuple(sorted(set(data) - KNOWN)),
         notes=tuple(notes),
     )
     return Contents(config, tensors, provenance)
+
+
+def _d_sae(data: dict[str, Any], d_in: int, path: Path) -> int:
+    if "d_sae" in data:
+        return whole_number(data, "d_sae", path)
+    factor = data.get("expansion_factor")
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
+        raise FormatError(f"{path}: expansion_factor is {factor!r}, and there is no d_sae; a number above 0 is expected.")
+    return round(d_in * factor)
 
 
 def _scale(files: Files, data: dict[str, Any], which: str, site: Any, d_in: int) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from saehook.config import Activation, ReLU, SAEConfig, TopK
 from saehook.errors import FormatError
-from saehook.formats.folder import Files
+from saehook.formats.folder import Files, as_whole
 from saehook.formats.found import Contents, Provenance
 
 NEEDED = {"encoder.weight", "pre_bias", "latent_bias"}
@@ -72,7 +72,7 @@ def _activation(files: Files) -> Activation:
         return ReLU()
     state = files.entries.get("activation_state_dict")
     state = state if isinstance(state, dict) else {}
-    k = state.get("k", files.entries.get("activation.k"))
+    k = as_whole(state.get("k", files.entries.get("activation.k")))
     after = state.get("postact_fn", files.entries.get("activation.postact_fn", "ReLU"))
     if name != "TopK" or after != "ReLU":
         raise FormatError(

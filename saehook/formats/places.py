@@ -57,6 +57,11 @@ def inside_a_norm(name: str) -> bool:
     return name.endswith(INSIDE_A_NORM)
 
 
+def depends_on_the_model(name: str | None) -> bool:
+    """Whether a name is a module's own output, which is a site of ours only where no norm follows."""
+    return our_site(name) != our_site(name, "gemma-2")
+
+
 def our_site(name: str | None, lm: str | None = None) -> str | None:
     """`blocks.8.hook_resid_post` as `layers.8.resid_post`; other names as they are, None where it is no site of ours.
 

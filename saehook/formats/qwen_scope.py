@@ -15,16 +15,18 @@ NEEDED = {"W_enc", "W_dec", "b_enc", "b_dec"}
 
 
 def matches(files: Files) -> bool:
-    """The four tensors, the matrices as torch has them."""
-    if files.names != NEEDED or files.kind != "torch":
+    """The four tensors, the matrices as torch has them, or a path that says so."""
+    if not files.names >= NEEDED or files.kind != "torch":
         return False
+    if files.in_path("(SAE-Res-)") is not None:
+        return True
     W_enc, W_dec, b_enc, b_dec = (files.tensor(name).shape for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
-    oriented = W_enc == (*b_enc, *b_dec) and W_dec == (*b_dec, *b_enc)
-    return oriented and (b_enc != b_dec or files.in_path("(SAE-Res-)") is not None)
+    return W_enc == (*b_enc, *b_dec) and W_dec == (*b_dec, *b_enc) and b_enc != b_dec
 
 
 def read(files: Files) -> Contents:
     """See `saehook.formats`."""
+    files.expect(NEEDED)
     named, layer = files.in_path(r"SAE-Res-(.+?)-W\d+K-L0_\d+"), files.in_path(r"layer_?(\d+)[^/]*$")
     in_name = files.in_path(r"L0_(\d+)")
     k = files.known.get("k") or (int(in_name) if in_name else None)

@@ -31,7 +31,7 @@ from saehook.config import (
     activation_from_dict,
 )
 from saehook.errors import ArgumentError, FormatError
-from saehook.formats.folder import Files, read_json
+from saehook.formats.folder import Files, as_whole, read_json
 from saehook.formats.folding import fold_decoder_norms, fold_gated, fold_input_scale, fold_whitening
 from saehook.formats.found import Contents, Provenance
 from saehook.formats.weights import read_weights
@@ -79,13 +79,22 @@ KNOWN = set(
 )
 
 
+OWN = set(
+    "architecture metadata apply_b_dec_to_input normalize_activations activation_fn activation_fn_str hook_name hook_point "
+    "sae_lens_version sae_lens_training_version".split()
+)
+"""Of these every configuration of SAELens has some."""
+
+
 def matches(files: Files) -> bool:
-    """Tensors by SAELens' names and a configuration with d_in and d_sae."""
+    """Tensors by SAELens' names and its configuration."""
     return len({"W_enc", "W_dec", "b_enc", "b_dec"} & files.names) > 1 and _config(files) is not None
 
 
 def _config(files: Files) -> dict[str, Any] | None:
-    return files.config("d_in", "d_sae") or files.config("architecture", "metadata")
+    """The first that has the sizes and something of SAELens' own: another file may say the sizes, too."""
+    sized = (data for _, data in files.configs() if {"d_in", "d_sae"} <= data.keys() and OWN & data.keys())
+    return next(sized, None) or files.config("architecture", "metadata")
 
 
 def read(files: Files) -> Contents:
@@ -118,6 +127,7 @@ def _provenance(data: dict[str, Any], notes: list[str]) -> Provenance:
         hook = None
     return Provenance(
         format="saelens",
+        in_our_grammar=bool(ours),
         peer_site=_text(ours.get("site") or facts.get("hf_hook_name") or hook, "recorded site"),
         peer_site_out=_text(
             ours.get("site_out") or facts.get("hf_hook_name_out") or facts.get("hook_name_out"), "recorded site"
@@ -185,7 +195,7 @@ def _activation(data: dict[str, Any], kind: type[Activation], notes: list[str]) 
     ours = metadata.get("saehook") if isinstance(metadata, dict) else None
     recorded = ours.get("activation") if isinstance(ours, dict) else None
     arguments = data.get("activation_fn_kwargs")
-    k = data.get("k", arguments.get("k", 0) if isinstance(arguments, dict) else 0)
+    k = as_whole(data.get("k", arguments.get("k", 0) if isinstance(arguments, dict) else 0))
     old = data.get("activation_fn", data.get("activation_fn_str"))
     if old == "topk" and kind is ReLU:
         kind = TopK
@@ -197,8 +207,6 @@ def _activation(data: dict[str, Any], kind: type[Activation], notes: list[str]) 
             raise FormatError(f"{recorded} is recorded for an architecture {data['architecture']!r}.")
         return activation
     if kind is BatchTopK:
-        if isinstance(k, float) and k == int(k):
-            k = int(k)
         if isinstance(k, float):
             notes.append(f"its k = {k} is no whole number; it is read as a JumpReLU, which it is at inference")
             return JumpReLU()

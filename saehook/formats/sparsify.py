@@ -20,6 +20,8 @@ NEEDED = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
 KNOWN = set(
     "activation expansion_factor normalize_decoder num_latents k multi_topk skip_connection transcode d_in signed".split()
 )
+SAYS = (("k", "d_in"), ("k", "num_latents"), ("k", "expansion_factor"))
+"""Keys by which its configuration is known."""
 HOOKPOINT = r"((?:[\w.]+\.)?(?:layers|h)\.\d+(?:\.[\w.]+)?|embed_tokens|embed_in|wte)/[^/]*$"
 
 
@@ -30,23 +32,25 @@ def matches(files: Files) -> bool:
 
 def read(files: Files) -> Contents:
     """See `saehook.formats`."""
-    data, path = files.config("k", "d_in"), files.config_path("k", "d_in")
-    if data is None:
-        raise FormatError(f"{files.path}: cfg.json beside it, which says k, is missing.")
+    keys = next((keys for keys in SAYS if files.config(*keys) is not None), None)
+    if keys is None:
+        raise FormatError(f"{files.path}: no configuration (cfg.json) beside it says k and how many latents there are.")
+    data, path = files.config(*keys) or {}, files.config_path(*keys)
     transcode, skip = _flag(data, "transcode"), "W_skip" in files.names
     if _flag(data, "skip_connection") != skip:
         raise FormatError(f"{path}: skip_connection is {data.get('skip_connection')!r}, and the weights say {skip}.")
     files.expect(NEEDED, ["W_skip"])
-    d_in, k = whole_number(data, "d_in", path), whole_number(data, "k", path)
-    d_sae = data.get("num_latents") or d_in * whole_number(data, "expansion_factor", path)
-    if isinstance(d_sae, bool) or not isinstance(d_sae, int) or d_sae < 1:
-        raise FormatError(f"{path}: num_latents is {d_sae!r}; a whole number is expected.")
     tensors = {
         "W_enc": files.tensor("encoder.weight").T,
         "b_enc": files.tensor("encoder.bias"),
         "W_dec": files.decoder(files.tensor("W_dec")),
         "b_dec": files.tensor("b_dec"),
     }
+    d_in, k = whole_number(data, "d_in", path, len(tensors["W_enc"])), whole_number(data, "k", path)
+    if data.get("num_latents"):
+        d_sae = whole_number(data, "num_latents", path)
+    else:
+        d_sae = d_in * whole_number(data, "expansion_factor", path)
     notes = []
     if skip:
         tensors["W_skip"] = files.tensor("W_skip")

@@ -3,40 +3,86 @@ in (Gao et al. 2024, section 4.1; the way from loss to compute is ours, since th
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from saehook.errors import ArgumentError
-from saehook.suite.sample import ids_of, loss_sums, rows_at_once
-from saehook.tokenization import Windows, keep_mask, special_ids
+from saehook.suite.measure import Measure, between
+from saehook.suite.sample import Sample, counted_tokens, ids_of, rows_at_once, spliced_losses, token_losses
+from saehook.tokenization import Windows, tokenizer_sha256
 
 if TYPE_CHECKING:
     from saehook.hooked_model import HookedModel
+    from saehook.hooked_saes import HookedSAEs
+
+RESAMPLES = 200
 
 
 @torch.no_grad()
-def checkpoint_losses(models: Iterable[HookedModel], tokens: Windows | Tensor) -> list[float]:
-    """The clean loss of each checkpoint of a language model, nats per token that counts (no special token) and predicts
-    another. `models` may load each when it is asked for.
+def checkpoint_losses(
+    hooked: HookedSAEs, checkpoints: Iterable[tuple[float, HookedModel]], tokens: Windows | Tensor
+) -> dict[float, Tensor]:
+    """The clean losses of checkpoints of the language model by their step, each [rows, length - 1] float64 in nats per token.
+
+    Args:
+        checkpoints: (training steps, tokens or FLOPs; model), in any order. A generator may load each when it is asked for.
 
     Raises:
-        ArgumentError: no window, or no token of it counts.
+        ArgumentError: a checkpoint has another tokenizer than `hooked`, or a step occurs twice.
     """
     ids = ids_of(tokens)
-    losses = []
-    for model in models:
-        counted = keep_mask(ids, None, special_ids(model.tokenizer))
-        n = int(counted[:, :-1].sum())
-        if n == 0:
-            raise ArgumentError("no token of the windows that predicts another counts. Give real text.")
-        size = rows_at_once(model, ids.shape[1])
-        batches = zip(ids.split(size), counted.split(size), strict=True)
-        losses.append(sum(float(loss_sums(model(batch).logits, batch, mask).sum()) for batch, mask in batches) / n)
-    return losses
+    found: dict[float, Tensor] = {}
+    for step, model in checkpoints:
+        if step in found:
+            raise ArgumentError(f"two checkpoints have the step {step:g}. Give each its own.")
+        if tokenizer_sha256(model.tokenizer) != tokenizer_sha256(hooked.tokenizer):
+            raise ArgumentError(
+                f"{model.name} has another tokenizer than {hooked.model.name}, so it is no checkpoint of its training."
+            )
+        rows = rows_at_once(model, ids.shape[1])
+        found[step] = torch.cat([token_losses(model(batch).logits, batch) for batch in ids.split(rows)])
+    return dict(sorted(found.items()))
+
+
+@torch.no_grad()
+def compute_equivalent_loss(
+    hooked: HookedSAEs, sample: Sample, tokens: Windows | Tensor, checkpoints: Mapping[float, Tensor]
+) -> list[Measure]:
+    """`compute_equivalent` of the SAE spliced in, on the sample's tokens; its interval is over windows, resampled for the
+    spliced and the clean losses alike.
+
+    Args:
+        tokens: the windows that the sample is of, and that `checkpoints` are of.
+        checkpoints: `checkpoint_losses(hooked, ..., tokens)`.
+
+    Raises:
+        ArgumentError: those of `compute_equivalent`.
+    """
+    _, counted = counted_tokens(sample, tokens)
+    used = torch.zeros(len(ids_of(tokens)), dtype=torch.bool)
+    used[sample.row.cpu()] = True
+    steps, n = list(checkpoints), counted[:, :-1].double().sum(1)
+    clean = torch.stack([(losses[used] * counted[:, :-1]).sum(1) for losses in checkpoints.values()])
+    sums = torch.cat([clean, spliced_losses(hooked, sample, tokens, sample.sae)[None]])
+
+    def share(rows: Tensor) -> float:
+        *losses, spliced = (sums[:, rows].sum(1) / n[rows].sum()).tolist()
+        return compute_equivalent(steps, losses, spliced)
+
+    value, drawn = share(torch.arange(len(n))), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(RESAMPLES if len(n) > 1 else 0):
+        with contextlib.suppress(ArgumentError):  # a draw whose curve says nothing
+            drawn.append(share(torch.randint(len(n), (len(n),), generator=generator)))
+    low, high = between(torch.tensor(drawn))
+    note = f"{len(steps)} checkpoints, the last at {steps[-1]:g}"
+    unit = "of the training"
+    return [Measure("compute_equivalent", value, unit, low, high, len(n), "windows", int(n.sum()), note=note)]
 
 
 def compute_equivalent(steps: Sequence[float], losses: Sequence[float], spliced: float) -> float:

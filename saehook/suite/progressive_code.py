@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 
 from saehook.activation_fns import jumprelu, topk
-from saehook.config import TopK
-from saehook.edit_blocks import LatentBlock, SourceAction
-from saehook.editing import Action, EditAction
+from saehook.config import Activation, JumpReLU, TopK
 from saehook.errors import ArgumentError
-from saehook.interventions import Program
 from saehook.sae import SAE
 from saehook.suite.measure import Measure, between, ratio
-from saehook.suite.sample import Sample, ids_of, rows_at_once, window_losses
+from saehook.suite.sample import Sample, counted_tokens, spliced_losses
 
 if TYPE_CHECKING:
     from saehook.hooked_saes import HookedSAEs
@@ -116,7 +113,18 @@ def _errors(sample: Sample, *, k: int | None = None, threshold: float = 0.0) -> 
 
 def with_topk(sae: SAE, k: int) -> SAE:
     """The same weights, not copied, with TopK(k) as their rule."""
-    other = SAE(dataclasses.replace(sae.config, activation=TopK(k=k)), device="meta")
+    return _with_rule(sae, TopK(k=k))
+
+
+def with_threshold(sae: SAE, threshold: float) -> SAE:
+    """The same weights, not copied; a latent fires where its pre-activation is above `threshold`, whatever the SAE's rule."""
+    other = _with_rule(sae, JumpReLU())
+    other.threshold = torch.nn.Parameter(torch.full((sae.d_sae,), threshold, device=sae.device), requires_grad=False)
+    return other
+
+
+def _with_rule(sae: SAE, activation: Activation) -> SAE:
+    other = SAE(dataclasses.replace(sae.config, activation=activation), device="meta")
     for name, parameter in sae.named_parameters():
         if name != "threshold":
             setattr(other, name, parameter)
@@ -126,29 +134,21 @@ def with_topk(sae: SAE, k: int) -> SAE:
 
 @torch.no_grad()
 def loss_by_k(hooked: HookedSAEs, sample: Sample, tokens: Windows | Tensor, ks: Sequence[int]) -> list[Measure]:
-    """The loss that the model gains with this SAE spliced in at each k': `delta_ce_topk.K`, nats per token.
+    """The loss that the model gains with this SAE spliced in at each k', `delta_ce_topk.K`, and at the θ that keeps as many
+    on average, `delta_ce_threshold.K`; nats per token.
 
     Args:
         tokens: the windows that the sample is of.
     """
-    ids = ids_of(tokens)
-    counted = torch.zeros(ids.shape, dtype=torch.bool)
-    counted[sample.row.cpu(), sample.column.cpu()] = True
-    used = counted.any(1)
-    ids, counted = ids[used], counted[used]
-    n = counted[:, :-1].double().sum(1)
-    rows = rows_at_once(hooked, ids.shape[1])
+    n = counted_tokens(sample, tokens)[1][:, :-1].double().sum(1)
+    clean = spliced_losses(hooked, sample, tokens, None)
 
-    def losses(k: int | None) -> Tensor:
-        actions = {} if k is None else hooked.where_written(sample.site, lambda source: _splice(sample.sae, k, source))
-        parts = zip(ids.split(rows), counted.split(rows), strict=True)
-        return torch.cat([window_losses(hooked, batch, mask, actions) for batch, mask in parts])
+    def measure(name: str, sae: SAE, note: str = "") -> Measure:
+        lost = spliced_losses(hooked, sample, tokens, sae) - clean
+        return ratio(name, "nats per token", lost, n, of="windows", tokens=int(n.sum()), note=note)
 
-    clean = losses(None)
-    total = int(n.sum())
-    return [ratio(f"delta_ce_topk.{k}", "nats per token", losses(k) - clean, n, of="windows", tokens=total) for k in ks]
-
-
-def _splice(sae: SAE, k: int, source: SourceAction | None) -> Action:
-    program = Program(splice=True)
-    return EditAction([LatentBlock(with_topk(sae, k), [], program, source=source)], program)
+    measures = [measure(f"delta_ce_topk.{k}", with_topk(sample.sae, k)) for k in ks]
+    for k, threshold in zip(ks, thresholds_for(sample, ks), strict=True):
+        sae = with_threshold(sample.sae, threshold)
+        measures.append(measure(f"delta_ce_threshold.{k}", sae, f"θ {threshold:.4g}"))
+    return measures

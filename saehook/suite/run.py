@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,12 @@ from tqdm.auto import tqdm
 
 from saehook import corpus
 from saehook.errors import ArgumentError
+from saehook.suite import METRICS
 from saehook.suite.ablation_sparsity import ablation_sparsity
 from saehook.suite.absorption import absorption
 from saehook.suite.attribution_accuracy import attribution_accuracy
+from saehook.suite.compute_equivalent import checkpoint_losses, compute_equivalent_loss
+from saehook.suite.duplicates import stability
 from saehook.suite.explanations import explanations
 from saehook.suite.latent_quality import latent_quality
 from saehook.suite.measure import Measure
@@ -31,19 +34,9 @@ from saehook.suite.steering import steering
 from saehook.tokenization import Windows, tokenizer_sha256
 
 if TYPE_CHECKING:
+    from saehook.hooked_model import HookedModel
     from saehook.hooked_saes import HookedSAEs
 
-METRICS = (
-    "latent_quality",
-    "shrinkage",
-    "progressive_code",
-    "ablation_sparsity",
-    "probe_loss",
-    "absorption",
-    "explanations",
-    "steering",
-    "attribution",
-)
 TOKENS = 16_384
 """Tokens of the sample, in windows spread over the text."""
 FEWER = 4096
@@ -59,7 +52,7 @@ class SuiteRow:
     site: str
     """Its site."""
     metric: str
-    """One of `METRICS`."""
+    """One of `suite.METRICS`."""
     measure: Measure
 
 
@@ -111,6 +104,7 @@ def run_suite(
     *,
     names: Mapping[str, str] | None = None,
     tasks: Sequence[ProbeTask] | None = None,
+    lm_checkpoints: Iterable[tuple[float, HookedModel]] = (),
     only: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -121,15 +115,20 @@ def run_suite(
         tokens: windows of ids [n, length]; of them `TOKENS` tokens are used, spread over the text.
         names: what to call the SAE at each site; default: the site.
         tasks: probe tasks; default: those that are made from the held-out modules of the standard library.
-        only: some of `METRICS`; default: all.
+        lm_checkpoints: (step, model) of the language model's own training, for `compute_equivalent`.
+        only: some of `suite.METRICS`; default: all, `stability` and `compute_equivalent` where there is what they compare.
         seed: of everything drawn at random: tokens, latents, examples.
 
     Raises:
-        ArgumentError: no window or no token that counts; an unknown metric; a task with too few examples.
+        ArgumentError: no window or no token that counts; an unknown metric; a task with too few examples; `stability` is
+            asked for and no site has two SAEs, or `compute_equivalent` without checkpoints.
     """
     wanted = tuple(METRICS if only is None else only)
     if unknown := [metric for metric in wanted if metric not in METRICS]:
         raise ArgumentError(f"there is no metric {', '.join(map(repr, unknown))}; there are {', '.join(METRICS)}.")
+    several = _several(hooked)
+    if only is not None:
+        _check_given(only, several, bool(lm_checkpoints))
     ids = spread(ids_of(tokens), TOKENS)
     probed = bool({"probe_loss", "absorption"} & set(wanted))
     if probed:
@@ -140,20 +139,55 @@ def run_suite(
     rows: list[SuiteRow] = []
     left_out: list[dict[str, str]] = []
     responses: dict[str, list[dict[str, Any]]] = {}
-    with tqdm(total=len(samples) * len(wanted), desc="suite", unit="metric", disable=not progress) as bar:
+    curve = checkpoint_losses(hooked, lm_checkpoints, ids) if "compute_equivalent" in wanted else {}
+    alone = [metric for metric in wanted if metric != "stability" and (metric != "compute_equivalent" or curve)]
+
+    def measured(sae: str, site: str, metric: str, measure: Callable[[], list[Measure]]) -> None:
+        bar.set_postfix_str(f"{metric} at {site}")
+        try:
+            rows.extend(SuiteRow(sae, site, metric, each) for each in measure())
+        except ArgumentError as error:
+            left_out.append({"site": site, "metric": metric, "why": str(error)})
+        bar.update()
+
+    with tqdm(total=len(samples) * len(alone), desc="suite", unit="metric", disable=not progress) as bar:
         attributed = functools.cache(lambda: attribution_accuracy(hooked, ids))  # of all SAEs together
         for name, sample in samples.items():
-            measured = _metrics(hooked, sample, ids, tasks or (), examples.get(name), attributed, responses, seed)
-            for metric in wanted:
-                bar.set_postfix_str(f"{metric} at {name}")
-                try:
-                    found = measured[metric]()
-                except ArgumentError as error:
-                    left_out.append({"site": name, "metric": metric, "why": str(error)})
-                else:
-                    rows += [SuiteRow((names or {}).get(name, name), name, metric, measure) for measure in found]
-                bar.update()
-    return SuiteResult(rows, left_out, responses, _provenance(hooked, tokens, samples, wanted, tasks, seed))
+            how = _metrics(hooked, sample, ids, tasks or (), examples.get(name), attributed, responses, curve, seed)
+            for metric in alone:
+                measured((names or {}).get(name, name), name, metric, how[metric])
+        for group in several if "stability" in wanted else ():
+            parts = [samples[name] for name in group]
+            both = ", ".join((names or {}).get(name, name) for name in group)
+            measured(both, hooked.attached[group[0]].reads, "stability", functools.partial(_stability, parts))
+    provenance = _provenance(hooked, tokens, samples, wanted, tasks, seed) | {"lm_checkpoints": list(curve)}
+    return SuiteResult(rows, left_out, responses, provenance)
+
+
+def _several(hooked: HookedSAEs) -> list[list[str]]:
+    """Names of the SAEs that stand at one place, where several do."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for name, one in hooked.attached.items():
+        places.setdefault((one.reads, one.writes), []).append(name)
+    return [names for names in places.values() if len(names) > 1]
+
+
+def _check_given(only: Sequence[str], several: list[list[str]], lm_checkpoints: bool) -> None:
+    """Raises ArgumentError where a metric that is asked for has nothing to compare."""
+    if "stability" in only and not several:
+        raise ArgumentError(
+            "stability compares SAEs of one site, such as those of several seeds, and every site has one. Attach more."
+        )
+    if "compute_equivalent" in only and not lm_checkpoints:
+        raise ArgumentError(
+            "compute_equivalent compares with checkpoints of the language model's training, and none are given "
+            "(--lm-checkpoints STEP=LM, at least two)."
+        )
+
+
+def _stability(samples: Sequence[Sample]) -> list[Measure]:
+    alive = [(sample.counts() > 0).nonzero()[:, 0] for sample in samples]
+    return stability([sample.sae for sample in samples], alive)
 
 
 def _metrics(
@@ -164,6 +198,7 @@ def _metrics(
     examples: Examples | None,
     attributed: Callable[[], Mapping[str, list[Measure]]],
     responses: dict[str, list[dict[str, Any]]],
+    curve: Mapping[float, Tensor],
     seed: int,
 ) -> dict[str, Callable[[], list[Measure]]]:
     """How each metric of one SAE is measured."""
@@ -192,6 +227,7 @@ def _metrics(
         "explanations": lambda: explanations(hooked, sample, ids, seed=seed).measures,
         "steering": steer,
         "attribution": lambda: attributed()[sample.site],
+        "compute_equivalent": lambda: compute_equivalent_loss(hooked, sample, ids, curve),
     }
 
 

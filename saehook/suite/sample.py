@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saehook.editing import Action
+from saehook.edit_blocks import LatentBlock
+from saehook.editing import Action, EditAction
 from saehook.errors import ArgumentError
+from saehook.interventions import Program
 from saehook.latent_stats import read_rows
 from saehook.positions import TokenView
 from saehook.sae import SAE
@@ -157,17 +159,46 @@ class AddAction:
 def window_losses(hooked: HookedSAEs, ids: Tensor, counted: Tensor, actions: Mapping[str, Action]) -> Tensor:
     """Sum of the next-token cross-entropies of each window, [rows] float64 in nats, over the tokens that are `counted`
     [rows, length] and predict another."""
-    return loss_sums(hooked.run(ids, actions).logits, ids, counted)
+    return (token_losses(hooked.run(ids, actions).logits, ids) * counted[:, :-1]).sum(1)
 
 
-def loss_sums(logits: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
-    """The same from logits [rows, length, vocabulary]."""
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Cross-entropy of each next token from logits [rows, length, vocabulary], [rows, length - 1] float64 in nats."""
     targets = ids[:, 1:].to(logits.device)
     losses = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
     for row in range(len(ids)):  # one at a time: tokens × vocabulary in float32 only once
         log_probs = logits[row, :-1].float().log_softmax(-1)
         losses[row] = -log_probs.gather(1, targets[row, :, None])[:, 0].double()
-    return (losses * counted[:, :-1].to(logits.device)).sum(1).cpu()
+    return losses.cpu()
+
+
+@torch.no_grad()
+def spliced_losses(hooked: HookedSAEs, sample: Sample, tokens: Windows | Tensor, sae: SAE | None) -> Tensor:
+    """Sum of the losses of each window over the sample's tokens that predict another, [windows with any] float64 in nats.
+
+    Args:
+        tokens: the windows that the sample is of.
+        sae: whose reconstruction takes the place of the activations at the sample's site; None is the clean model.
+    """
+    ids, counted = counted_tokens(sample, tokens)
+    program = Program(splice=True)
+    actions = {}
+    if sae is not None:
+        actions = hooked.where_written(
+            sample.site, lambda source: EditAction([LatentBlock(sae, [], program, source=source)], program)
+        )
+    rows = rows_at_once(hooked, ids.shape[1])
+    parts = zip(ids.split(rows), counted.split(rows), strict=True)
+    return torch.cat([window_losses(hooked, batch, mask, actions) for batch, mask in parts])
+
+
+def counted_tokens(sample: Sample, tokens: Windows | Tensor) -> tuple[Tensor, Tensor]:
+    """The windows that hold a token of the sample, [windows, length], and which tokens are in it, bool of that shape."""
+    ids = ids_of(tokens)
+    counted = torch.zeros(ids.shape, dtype=torch.bool)
+    counted[sample.row.cpu(), sample.column.cpu()] = True
+    used = counted.any(1)
+    return ids[used], counted[used]
 
 
 def rows_at_once(hooked: HookedSAEs | HookedModel, length: int) -> int:
