@@ -12,7 +12,7 @@ import reference_hooks as reference
 import torch
 from builders import ACTIVATIONS, BOS, SPECIAL, WIDTH, build_lm, byte_tokenizer, random_ids, tiny_sae
 
-from saehook.config import MaskRule
+from saehook.config import AbsTopK, MaskRule, TopK
 from saehook.errors import ArgumentError, MissingStatError, NoEffectWarning
 from saehook.hooked_model import HookedModel
 from saehook.interventions import (
@@ -115,6 +115,69 @@ def test_a_forward_pass_equals_the_reference_alone_and_in_a_batch(models_by_name
                 with torch.no_grad():
                     torch.testing.assert_close(hooked(ids, program).logits[0], expected, rtol=0, atol=1e-4)
         hooked.detach()
+
+
+@pytest.mark.parametrize("activation", [AbsTopK(k=6), TopK(k=6)], ids=str)
+@pytest.mark.parametrize("normalize", ["none", "constant_norm", "layer_norm"])
+def test_edits_of_signed_and_normalising_saes_by_the_formula(models_by_name, activation, normalize):
+    """x' = x + σ(x) (z' - z) W_dec, with σ written out, latents of both signs among the edited ones."""
+    model, lm = models_by_name("llama")
+    sae = tiny_sae(activation=activation, normalize=normalize, site=SITE, seed=5)
+    ids = torch.tensor([IDS])
+    hooked = model.attach(sae)
+    acts = hooked.latents(ids)[0].acts
+    fired = acts.abs().sum(0).topk(3).indices.tolist()
+    edits = [scale(fired[0], 0.25), steer(fired[1], 1.5), clamp(40, -0.7), ablate(fired[2])]
+    with torch.no_grad():
+        found = hooked(ids, edits).logits
+        spliced = hooked(ids, splice=True).logits
+        clean = hooked(ids).logits
+
+    def tokens_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the SAE sees, what takes it back (factor and mean), [n, d] and [n, 1]."""
+        zero = torch.zeros_like(x[:, :1])
+        if normalize == "constant_norm":
+            sigma = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+            return x / sigma, sigma, zero
+        if normalize == "layer_norm":
+            mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+            return (x - mean) / (std + 1e-5), std, mean
+        return x, zero + 1, zero
+
+    def rule(x: torch.Tensor, edited: bool) -> torch.Tensor:
+        seen, sigma, mean = tokens_of(x)
+        pre = (seen - sae.b_dec) @ sae.W_enc + sae.b_enc
+        kept = (pre.abs() if isinstance(activation, AbsTopK) else pre).topk(6).indices
+        z = torch.zeros_like(pre).scatter(-1, kept, pre.gather(-1, kept))
+        z = z if isinstance(activation, AbsTopK) else z.relu()
+        if not edited:
+            return (z @ sae.W_dec + sae.b_dec) * sigma + mean
+        new = z.clone()
+        new[:, fired[0]] *= 0.25
+        new[:, fired[1]] += 1.5
+        new[:, 40] = -0.7
+        new[:, fired[2]] = 0
+        return x + sigma * ((new - z) @ sae.W_dec)
+
+    def expected(edited: bool) -> torch.Tensor:
+        special = torch.isin(ids, torch.tensor(SPECIAL))[0]
+
+        def replace(module: Any, args: Any, output: Any) -> Any:
+            x = output[0] if isinstance(output, tuple) else output
+            x = torch.where(special[:, None], x[0], rule(x[0], edited))[None]
+            return (x, *output[1:]) if isinstance(output, tuple) else x
+
+        handle = reference._place(lm, "layers.1.resid_post")[0].register_forward_hook(replace)
+        with torch.no_grad():
+            logits = lm(input_ids=ids).logits
+        handle.remove()
+        return logits
+
+    torch.testing.assert_close(found, expected(True), rtol=0, atol=1e-4)
+    torch.testing.assert_close(spliced, expected(False), rtol=0, atol=1e-4)
+    assert (found - clean).abs().max() > 0.1
+    assert isinstance(activation, TopK) == (acts >= 0).all()
+    hooked.detach()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

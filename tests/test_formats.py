@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import saehook
 from saehook.checkpoint import load_sae, save_sae
-from saehook.config import AbsTopK, BatchTopK, GroupMax, JumpReLU
+from saehook.config import AbsTopK, BatchTopK, GroupMax, JumpReLU, TopK
 from saehook.errors import ArgumentError, FileError, FormatError, MissingStatError, SaehookError
 from saehook.formats import identify, our_site
 
@@ -557,3 +557,184 @@ def test_jumprelu_of_other_names_keeps_float32_thresholds(tmp_path):
     assert sae.dtype == torch.bfloat16
     assert sae.threshold is not None
     assert sae.threshold.dtype == torch.float32
+
+
+# --- what may be otherwise ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_files_beside_that_speak_of_the_same_things(tmp_path, name):
+    """A recording, notes that say sizes and k, a licence: none of them is the SAE or its configuration."""
+    written = CASES[name](tmp_path)
+    folder = written.path if written.path.is_dir() else written.path.parent
+    acts, x_hat = written.rule(x())
+    save_file({"x": x(), "acts": acts, "x_hat": x_hat}, folder / "recorded.safetensors")
+    torch.save({"x": x(), "acts": acts}, folder / "io.pt")
+    np.savez(folder / "io.npz", x=x().numpy())
+    (folder / "meta.json").write_text(json.dumps({"d_in": D_IN, "d_sae": D_SAE, "k": 3, "format": written.format}))
+    (folder / "LICENSE").write_text("...")
+    sae = load_sae(written.path)
+    torch.testing.assert_close(sae(x()).acts, acts, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(x()).x_hat, x_hat, rtol=1e-5, atol=1e-5)
+    assert (sae.site, sae.metadata["lm"]["id"]) == (written.site, written.lm)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_another_dtype(tmp_path, name, dtype):
+    """What the file holds is what is computed with, in float32."""
+    written = CASES[name](tmp_path)
+    folder = written.path if written.path.is_dir() else written.path.parent
+    file = written.path if written.path.is_file() else next(p for p in folder.rglob("*") if p.suffix in (".npz", ".pt", ".safetensors"))
+    before = load_sae(written.path)
+    config, pre_acts, rows = before.config, before.pre_acts(x()), before.W_dec.clone()  # of a file that is overwritten
+
+    def cast(tensors: dict[str, Any]) -> dict[str, Any]:
+        floats = {n: t for n, t in tensors.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+        return tensors | {n: t.to(dtype).contiguous() for n, t in floats.items()}
+
+    if file.suffix == ".npz":
+        kind = "f8" if dtype == torch.float64 else "f2"
+        arrays = {n: array.astype(kind) for n, array in np.load(file).items()}
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+    elif file.suffix == ".safetensors":
+        save_file(cast(load_file(file)), file)
+    else:
+        torch.save(cast(torch.load(file)), file)
+    sae = load_sae(written.path)
+    assert sae.dtype == torch.float32
+    assert sae.config == config
+    torch.testing.assert_close(sae.pre_acts(x()), pre_acts, rtol=0.05, atol=0.1)
+    torch.testing.assert_close(sae.W_dec, rows, rtol=0.02, atol=1e-3)
+
+
+def sparsify(folder: Path, hookpoint: str = "layers.3.mlp", lm: str | None = "gpt2", **changes: Any) -> Path:
+    """A run's folder of one hookpoint; keys of its cfg.json replaced, or taken out where None."""
+    path = folder / hookpoint
+    path.mkdir(parents=True)
+    tensors = {
+        "encoder.weight": numbers(2 * D_IN, D_IN), "encoder.bias": numbers(2 * D_IN), "W_dec": numbers(2 * D_IN, D_IN),
+        "b_dec": numbers(D_IN),
+    }  # fmt: skip
+    save_file(tensors, path / "sae.safetensors")
+    config = {
+        "activation": "topk", "expansion_factor": 2, "normalize_decoder": True, "num_latents": 0, "k": K, "multi_topk": False,
+        "skip_connection": False, "transcode": False, "d_in": D_IN,
+    }  # fmt: skip
+    config = {key: value for key, value in (config | changes).items() if value is not None}
+    (path / "cfg.json").write_text(json.dumps(config))
+    if lm is not None:
+        (folder / "config.json").write_text(json.dumps({"model": lm, "batch_size": 32, "sae": {"k": 7}}))
+    torch.save({"global_step": 3}, folder / "state.pt")
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_latents": 2 * D_IN, "expansion_factor": 32},
+        {"num_latents": None, "expansion_factor": 2.0},
+        {"k": float(K)},
+        {"d_in": None, "num_latents": 2 * D_IN},
+        {"activation": None, "multi_topk": None, "skip_connection": None, "transcode": None, "signed": False},
+    ],
+)
+def test_configurations_of_sparsify(tmp_path, changes):
+    sae = load_sae(sparsify(tmp_path, **changes))
+    assert (sae.d_in, sae.d_sae, sae.config.activation) == (D_IN, 2 * D_IN, TopK(k=K))
+    assert sae.config.subtract_b_dec
+    assert sae.site == "layers.3.mlp_out"
+
+
+def test_configurations_of_sparsify_that_say_too_little(tmp_path):
+    for name, changes, match in (
+        ("k", {"k": None}, "no configuration .* says k"),
+        ("half", {"k": 2.5}, "k is 2.5; a whole number"),
+        ("more", {"num_latents": 2 * D_IN + 1}, r"W_enc has shape \(10, 20\), but cfg.json says \(10, 21\)"),
+    ):
+        with pytest.raises(FormatError, match=match):
+            load_sae(sparsify(tmp_path / name, **changes))
+    with pytest.raises(FileError, match="Below it are layers.3.mlp: name one with sub="):
+        load_sae(sparsify(tmp_path / "run").parent)
+
+
+def test_a_modules_output_of_an_unknown_model_is_said(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "saehook"):
+        assert load_sae(sparsify(tmp_path / "a", lm=None)).site == "layers.3.mlp_out"
+    assert "layers.3.mlp is taken to be layers.3.mlp_out" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "saehook"):
+        assert load_sae(sparsify(tmp_path / "b", "layers.3", lm=None)).site == "layers.3.resid_post"
+        assert load_sae(sparsify(tmp_path / "c", lm="google/gemma-2-2b")).site == "model.layers.3.mlp:output"
+    assert "is taken to be" not in caplog.text
+
+
+@pytest.mark.parametrize("site", ["model.layers.0.mlp:output", "model.layers.0:output", "layers.1.mlp_out"])
+@pytest.mark.parametrize("lm", [None, "google/gemma-2-2b"])
+def test_the_site_in_our_own_file_stays_as_it_is(tmp_path, site, lm):
+    sae = tiny_sae(D_IN, site=site)
+    if lm:
+        sae.metadata["lm"] = {"id": lm, "revision": None}
+    path = save_sae(sae, tmp_path)
+    assert load_sae(path).site == site
+    assert (identify(path).site, identify(path).notes) == (site, ())
+
+
+def old_saelens(folder: Path, **changes: Any) -> Path:
+    """As SAELens 3 to 5 wrote them: everything beside everything, the density in a file of its own."""
+    folder.mkdir(parents=True)
+    tensors = {"W_enc": numbers(D_IN, D_SAE), "W_dec": numbers(D_SAE, D_IN), "b_enc": numbers(D_SAE), "b_dec": numbers(D_IN)}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    config = {
+        "architecture": "standard", "d_in": D_IN, "d_sae": D_SAE, "activation_fn_str": "relu", "apply_b_dec_to_input": True,
+        "finetuning_scaling_factor": False, "context_size": 128, "model_name": "gpt2-small", "hook_layer": 8,
+        "hook_name": "blocks.8.hook_resid_pre", "hook_head_index": None, "prepend_bos": True, "dataset_path": "some/text",
+        "dataset_trust_remote_code": False, "normalize_activations": "none", "dtype": "torch.float32", "device": "cuda",
+        "sae_lens_training_version": "3.0.0", "neuronpedia_id": None, "activation_fn_kwargs": {},
+        "model_from_pretrained_kwargs": {}, "seqpos_slice": [None],
+    }  # fmt: skip
+    (folder / "cfg.json").write_text(json.dumps(config | changes))
+    save_file({"sparsity": torch.full((D_SAE,), -3.0)}, folder / "sparsity.safetensors")
+    return folder
+
+
+def test_old_configurations_of_saelens(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "saehook"):
+        sae = load_sae(old_saelens(tmp_path / "a"))
+    assert not caplog.text
+    assert (sae.site, sae.metadata["lm"]["id"]) == ("layers.8.resid_pre", "gpt2-small")
+    assert sae.density is not None
+    torch.testing.assert_close(sae.density, torch.full((D_SAE,), 1e-3), rtol=1e-4, atol=0)
+    topk = load_sae(old_saelens(tmp_path / "b", activation_fn_str="topk", activation_fn_kwargs={"k": 4.0}))
+    assert topk.config.activation == TopK(k=4)
+    with pytest.raises(FormatError, match=r"TopK.k is 4.5; a whole number"):
+        load_sae(old_saelens(tmp_path / "c", activation_fn_str="topk", activation_fn_kwargs={"k": 4.5}))
+    with pytest.raises(FormatError, match="threshold is missing"):
+        load_sae(old_saelens(tmp_path / "d", architecture="jumprelu"))
+
+
+def test_a_topk_of_dictionary_learning_whose_k_stands_elsewhere(tmp_path):
+    """Versions of 2024 kept k in the configuration alone."""
+    state = {
+        "encoder.weight": numbers(D_SAE, D_IN), "encoder.bias": numbers(D_SAE), "decoder.weight": numbers(D_IN, D_SAE),
+        "b_dec": numbers(D_IN),
+    }  # fmt: skip
+    torch.save(state, tmp_path / "ae.pt")
+    with pytest.raises(FormatError, match="k is None; .* Give k="):
+        load_sae(tmp_path)
+    assert load_sae(tmp_path, k=3).config.activation == TopK(k=3)
+    trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": D_IN, "dict_size": D_SAE, "k": 4, "layer": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+    assert load_sae(tmp_path).config.activation == TopK(k=4)
+
+
+def test_a_transposed_matrix_and_more_in_a_file_of_qwen_scope(tmp_path):
+    written = format_files.qwen_scope(tmp_path)
+    state = torch.load(written.path)
+    torch.save(state | {"W_enc": state["W_enc"].T.contiguous()}, written.path)
+    with pytest.raises(FormatError, match="W_enc is transposed"):
+        load_sae(written.path)
+    torch.save(state | {"step": 3}, written.path)
+    with pytest.raises(FormatError, match="step is unknown"):
+        load_sae(written.path)
