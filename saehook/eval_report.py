@@ -47,7 +47,9 @@ def report_of(result: EvalResult, suite: Mapping[str, Any] | None = None) -> str
     try:
         slow = list(suite_sections(suite)) if suite is not None else []
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise FormatError(f"its slow metrics are none ({error!r}). Write them with `saehook eval --suite full --json`.") from None
+        raise FormatError(
+            f"its slow metrics are none ({error!r}). Write them with `saehook eval --suite full --json`."
+        ) from None
     rows = result.results
     lm = result.provenance.get("lm", {})
     n = sum(row.site != "all" for row in rows)

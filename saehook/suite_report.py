@@ -37,10 +37,14 @@ def suite_sections(suite: Mapping[str, Any]) -> Iterator[str]:
     single = [row for row in rows if "." in row["name"]]
     whole = [row for row in rows if "." not in row["name"]]
     pictures = [*_curves(single, saes), *_dose_response(suite.get("steering", {}), rows)]
-    yield section("Latents, measured one by one", _table(whole, saes) + _left_out(suite.get("left_out", [])) + grid(pictures))
+    yield section(
+        "Latents, measured one by one", _table(whole, saes) + _left_out(suite.get("left_out", [])) + grid(pictures)
+    )
     yield section("The same by task and by k′", _folded("Every number", _table(single, saes)) if single else "")
     settings = [(escape(key), [value]) for key, value in flat(suite.get("provenance", {}))]
-    yield section("How the latents were measured", _folded("Versions, text, rules", table(["setting", "value"], settings)))
+    yield section(
+        "How the latents were measured", _folded("Versions, text, rules", table(["setting", "value"], settings))
+    )
 
 
 def measure_text(row: Mapping[str, Any]) -> str:
@@ -69,10 +73,8 @@ def _table(rows: Sequence[Mapping[str, Any]], saes: Sequence[str]) -> str:
 
 
 def _left_out(gone: Sequence[Mapping[str, str]]) -> str:
-    return "".join(
-        f'<p class="note">{escape(f"{each["site"]}: no {each["metric"].replace("_", " ")}: {each["why"]}")}</p>'
-        for each in gone
-    )
+    said = (f"{each['site']}: no {each['metric'].replace('_', ' ')}: {each['why']}" for each in gone)
+    return "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in said)
 
 
 def _folded(summary: str, body: str) -> str:

@@ -39,7 +39,15 @@ def own(tmp_path_factory) -> dict[str, Path]:
     assert main(command.split()) == 0
     empty = folder / "empty.txt"
     empty.write_text("")
+    others = {"headless": build_lm("gpt2").transformer, "other": build_lm("gpt2", seed=9), "broken": build_lm("gpt2")}
+    with torch.no_grad():
+        others["other"].transformer.wte.weight.mul_(20)
+        others["broken"].transformer.wte.weight.fill_(torch.nan)
+    for name, other in others.items():
+        other.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
     return {
+        **{name: folder / name for name in others},
         "lm": lm,
         "text": text,
         "empty": empty,
@@ -216,6 +224,9 @@ MISTAKES = [
     ("eval --lm {lm} --sae {sae} --text /nowhere.txt", "nowhere.txt"),
     ("eval --lm {lm} --sae {sae} --text {empty}", "one window needs"),
     ("eval --sae {sae}", "width 32"),
+    ("eval --lm {other} --sae {sae} --text {text} --tokens 1k", "another model"),
+    ("eval --lm {headless} --sae {sae} --text {text} --tokens 1k", "no language-model head"),
+    ("eval --lm {broken} --sae {sae} --text {text} --tokens 1k --check off", "are not finite"),
     ("report {lm}", "cannot read"),
     ("report {text}", "no evaluation"),
     ("train --lm {lm} --site layers.7.resid_post --text {text}", "Did you mean"),
@@ -237,6 +248,14 @@ def test_a_mistake_is_said_and_is_exit_code_two(own, command, message, capsys):
     assert "Traceback" not in said
 
 
+def test_an_evaluation_of_few_tokens_says_how_many_it_takes(own, capsys):
+    assert main(f"eval --lm {own['lm']} --sae {own['sae']} --text {own['text']} --tokens 200".split()) == 0
+    said = capsys.readouterr().out
+    assert "windows are too few to say how exact the numbers are; at least 10 are needed" in said
+    assert "too few tokens for delta ce, shown as an interval; about" in said
+    assert "too few tokens for the share of dead latents" in said
+
+
 @pytest.mark.parametrize("text", ["many", "-5", "1.5", "2**-1", "nan", "inf"])
 def test_counts_that_are_none(text):
     done = subprocess.run([sys.executable, "-m", "saehook", "eval", f"--tokens={text}"], capture_output=True, text=True)
@@ -245,7 +264,7 @@ def test_counts_that_are_none(text):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "eval", "report", "train", "generate", "replay", "export", "stats", "sites", "plan"]
+    "command", ["demo", "eval", "probes", "report", "train", "generate", "replay", "export", "stats", "sites", "plan"]
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from xml.etree import ElementTree
 
@@ -110,3 +111,69 @@ def test_what_is_no_evaluation(tmp_path):
     with pytest.raises(FormatError, match="no evaluation"):
         write_eval_report(tmp_path / "x.json", tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
+
+
+def slow_metrics() -> dict:
+    """As `SuiteResult.to_dict` gives them, of the fixture's SAEs."""
+
+    def row(sae: str, site: str, metric: str, name: str, value: float | None, **more) -> dict:
+        measure = {"name": name, "value": value, "unit": "FVU", "low": 0.1, "high": 0.9, "n": 16, "of": "windows"}
+        return {
+            "sae": sae,
+            "site": site,
+            "metric": metric,
+            **measure,
+            "tokens": 99,
+            "needed": 8,
+            "note": "",
+            "few": "",
+        } | more
+
+    first, second = ("first", "layers.1.resid_post#0"), ("layers.2.mlp_out", "layers.2.mlp_out")
+    rows = [row(*first, "progressive_code", f"fvu_topk.{k}", 1 / k) for k in (8, 16, 32)]
+    rows += [row(*second, "progressive_code", f"fvu_topk.{k}", 2 / k) for k in (8, 16, 32)]
+    rows += [
+        row(*first, "probe_loss", "probe_loss", 0.25),
+        row(*first, "probe_loss", "probe_loss.in_<b>", 0.5),
+        row(*second, "shrinkage", "refined_up", 0.5, few="3 windows, 8 are needed (about 99 tokens)"),
+        row(*second, "shrinkage", "refinement_gain", None, low=None, high=None),
+        row(*first, "steering", "steerable", 0.75),
+    ]
+    response = {"strengths": [0.25, 0.5, 1.0], "kl": [0.1, 0.2, 0.4], "loss_rise": [0.0, 0.1, 0.2]}
+    responses = [response | {"gain": [1.0, 2.0, 3.0]}, response | {"gain": [3.0, 4.0, 5.0]}]
+    gone = [{"site": "layers.2.mlp_out", "metric": "absorption", "why": "no <task> is left"}]
+    return {"rows": rows, "left_out": gone, "steering": {first[1]: responses, second[1]: []}, "provenance": {"seed": 7}}
+
+
+def test_slow_metrics_are_on_the_page(result, tmp_path):
+    data = json.loads(result.to_json()) | {"suite": slow_metrics()}
+    (tmp_path / "eval.json").write_text(json.dumps(data))
+    page = Page(write_eval_report(tmp_path / "eval.json", tmp_path / "report.html"))
+    whole, single = [
+        table for table in page.tables() if table[0] == ["measure", "first", "layers.2.mlp_out", "measured on"]
+    ]
+    assert whole[1:] == [
+        ["probe loss|FVU", "0.25 [0.1 … 0.9]", "–", "16 windows"],
+        ["refined up|FVU", "–", "0.1 … 0.9 (3 windows, 8 are needed (about 99 tokens))", "16 windows"],
+        ["refinement gain|FVU", "–", "–", "16 windows"],
+        ["steerable|FVU", "0.75 [0.1 … 0.9]", "–", "16 windows"],
+    ]
+    assert ["probe loss.in <b>|FVU", "0.5 [0.1 … 0.9]", "–", "16 windows"] in single
+    assert "layers.2.mlp_out: no absorption: no &lt;task&gt; is left" in page.notes
+    curves = [p for p in page.figures["FVU at another k"].iter("path") if "line" in (p.get("class") or "")]
+    assert [path.get("d", "").count("L") for path in curves] == [2, 2]
+    told = [rect.findtext("title") or "" for rect in page.figures["FVU at another k"].iter("rect")]
+    assert any("first: 0.125" in title and "layers.2.mlp_out: 0.250" in title for title in told)
+    gain = [rect.findtext("title") or "" for rect in page.figures["Steering: what the latent promotes"].iter("rect")]
+    assert any(title.endswith("first: 4.000") for title in gain)
+    assert ["seed", "7"] in page.tables()[-2] or any(["seed", "7"] in table for table in page.tables())
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+
+
+@pytest.mark.parametrize(
+    "suite", [3, {}, {"rows": [{}]}, {"rows": 3}, {"rows": [], "steering": {"a": [{}]}, "left_out": [3]}]
+)
+def test_slow_metrics_that_are_none(result, tmp_path, suite):
+    (tmp_path / "eval.json").write_text(json.dumps(json.loads(result.to_json()) | {"suite": suite}))
+    with pytest.raises(FormatError, match="slow metrics are none"):
+        write_eval_report(tmp_path / "eval.json", tmp_path / "report.html")

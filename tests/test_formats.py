@@ -585,7 +585,11 @@ def test_weights_of_another_dtype(tmp_path, name, dtype):
     """What the file holds is what is computed with, in float32."""
     written = CASES[name](tmp_path)
     folder = written.path if written.path.is_dir() else written.path.parent
-    file = written.path if written.path.is_file() else next(p for p in folder.rglob("*") if p.suffix in (".npz", ".pt", ".safetensors"))
+    file = (
+        written.path
+        if written.path.is_file()
+        else next(p for p in folder.rglob("*") if p.suffix in (".npz", ".pt", ".safetensors"))
+    )
     before = load_sae(written.path)
     config, pre_acts, rows = before.config, before.pre_acts(x()), before.W_dec.clone()  # of a file that is overwritten
 
@@ -684,7 +688,12 @@ def test_the_site_in_our_own_file_stays_as_it_is(tmp_path, site, lm):
 def old_saelens(folder: Path, **changes: Any) -> Path:
     """As SAELens 3 to 5 wrote them: everything beside everything, the density in a file of its own."""
     folder.mkdir(parents=True)
-    tensors = {"W_enc": numbers(D_IN, D_SAE), "W_dec": numbers(D_SAE, D_IN), "b_enc": numbers(D_SAE), "b_dec": numbers(D_IN)}
+    tensors = {
+        "W_enc": numbers(D_IN, D_SAE),
+        "W_dec": numbers(D_SAE, D_IN),
+        "b_enc": numbers(D_SAE),
+        "b_dec": numbers(D_IN),
+    }
     save_file(tensors, folder / "sae_weights.safetensors")
     config = {
         "architecture": "standard", "d_in": D_IN, "d_sae": D_SAE, "activation_fn_str": "relu", "apply_b_dec_to_input": True,

@@ -56,7 +56,9 @@ def test_tables_are_made_from_the_stored_numbers(make_tables):
 def test_the_slow_metrics_are_those_of_the_bundled_weights(make_tables):
     suite = json.loads(make_tables.SUITE.read_text(encoding="utf-8"))
     for name, digest in suite["provenance"]["weights_sha256"].items():
-        assert make_tables.weights_sha256(name) == digest, f"{name} is another now; run: python demos/make_tables.py --suite"
+        assert make_tables.weights_sha256(name) == digest, (
+            f"{name} is another now; run: python demos/make_tables.py --suite"
+        )
     left_out = {gone["metric"] for gone in suite["left_out"]}
     assert {row["metric"] for row in suite["rows"]} | left_out == set(METRICS) - {"stability", "compute_equivalent"}
     assert {"sae", "sae-mlp"} == {row["sae"] for row in suite["rows"]}

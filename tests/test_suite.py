@@ -8,18 +8,20 @@ import torch
 from builders import build_lm, byte_tokenizer, identity_sae, random_ids, tiny_sae
 
 from saehook import HookedModel, bundled
+from saehook.checkpoint import save_sae
 from saehook.cli import main
 from saehook.commands.eval import probe_tasks
 from saehook.corpus import Document
 from saehook.errors import ArgumentError
 from saehook.eval_result import EvalResult
+from saehook.suite import METRICS
 from saehook.suite.ablation_sparsity import ablation_sparsity, effect_sparsity
 from saehook.suite.attribution_accuracy import attribution_accuracy, pearson, ranks, spearman
 from saehook.suite.compute_equivalent import checkpoint_losses
 from saehook.suite.explanations import ANY, START, explain, explanations, of_latent
 from saehook.suite.probe_tasks import ProbeTask
-from saehook.suite.progressive_code import loss_by_k
-from saehook.suite.run import METRICS, run_suite
+from saehook.suite.progressive_code import loss_by_k, thresholds_for
+from saehook.suite.run import run_suite
 from saehook.suite.sample import read_samples, spread, window_losses
 from saehook.suite.steering import Response, respond, steering, usable_window
 
@@ -214,11 +216,40 @@ def test_a_latent_that_reads_one_token_is_explained_fully(models_by_name, ids):
 def test_loss_at_all_latents_of_an_identity_is_the_clean_loss(model, ids):
     hooked = model.attach({RESID: identity_sae()})
     sample = read_samples(hooked, ids)[RESID]
-    few, all_of_them = loss_by_k(hooked, sample, ids, [2, 64])
+    found = {measure.name: measure for measure in loss_by_k(hooked, sample, ids, [2, 64])}
     hooked.detach()
-    assert all_of_them.value == pytest.approx(0.0, abs=1e-6)
-    assert abs(few.value) > 0.01
-    assert few.tokens == 12 * 38
+    assert found["delta_ce_topk.64"].value == pytest.approx(0.0, abs=1e-6)
+    assert found["delta_ce_threshold.64"].value == pytest.approx(0.0, abs=1e-6)  # θ is 0: half of the 64 are positive
+    assert abs(found["delta_ce_topk.2"].value) > 0.01
+    assert found["delta_ce_topk.2"].tokens == 12 * 38
+
+
+def test_loss_at_a_threshold_against_a_hook(model, ids):
+    sae = tiny_sae(seed=4, activation="topk")
+    hooked = model.attach({RESID: sae})
+    sample = read_samples(hooked, ids)[RESID]
+    (theta,) = thresholds_for(sample, [5])
+    (_, found) = loss_by_k(hooked, sample, ids, [5])
+    clean = model.loss(ids)
+    hooked.detach()
+    assert found.note == f"θ {theta:.4g}"
+
+    def splice(module, inputs, output):
+        pre = sae.pre_acts(output)
+        x_hat = (pre * (pre > max(theta, 0))) @ sae.W_dec + sae.b_dec
+        return torch.where((ids < 3)[..., None], output, x_hat)
+
+    handle = model.lm.model.layers[0].register_forward_hook(splice)
+    with torch.no_grad():
+        logits = model.lm(input_ids=ids).logits
+    handle.remove()
+    losses = torch.nn.functional.cross_entropy(logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())
+    with torch.no_grad():
+        before = torch.nn.functional.cross_entropy(
+            model.lm(input_ids=ids).logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten()
+        )
+    assert found.value == pytest.approx(float(losses - before), abs=1e-4)
+    assert clean > 0
 
 
 def test_window_losses_are_the_models_own(model, ids):
@@ -229,12 +260,67 @@ def test_window_losses_are_the_models_own(model, ids):
 
 
 def test_losses_of_checkpoints(models_by_name):
-    model = models_by_name("llama")[0]
+    model, other = models_by_name("llama")[0], models_by_name("gpt2")[0]
+    hooked = model.attach({RESID: identity_sae()})
     ids = torch.tensor([random_ids(20, seed=i) for i in range(3)])
-    losses = checkpoint_losses((m for m in [model, models_by_name("gpt2")[0]]), ids)
-    assert losses == pytest.approx([model.loss(ids), models_by_name("gpt2")[0].loss(ids)], abs=1e-5)
-    with pytest.raises(ArgumentError, match="no token of the windows"):
-        checkpoint_losses([model], torch.zeros(2, 8, dtype=torch.long))
+    losses = checkpoint_losses(hooked, ((step, lm) for step, lm in [(20, other), (3, model)]), ids)
+    assert list(losses) == [3, 20]
+    assert losses[3].shape == (3, 19)
+    means = [float(each.mean()) for each in losses.values()]
+    assert means == pytest.approx([model.loss(ids), other.loss(ids)], abs=1e-5)
+    with pytest.raises(ArgumentError, match="two checkpoints have the step 3"):
+        checkpoint_losses(hooked, [(3, model), (3, other)], ids)
+    foreign = HookedModel(model.lm, byte_tokenizer())
+    foreign.tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ArgumentError, match="another tokenizer"):
+        checkpoint_losses(hooked, [(3, foreign)], ids)
+    hooked.detach()
+
+
+def test_the_training_that_a_spliced_loss_is_worth(model, ids):
+    """With x in place of x: all of it. With another SAE: what the curve says of its spliced loss."""
+    worse = build_lm("llama")
+    with torch.no_grad():
+        worse.lm_head.weight.mul_(3)  # surer than it may be
+    checkpoints = [(10, HookedModel(worse, byte_tokenizer())), (1000, model)]
+    texts = ids[:, :24]
+    losses = [lm.loss(texts) for _, lm in checkpoints]
+    assert losses[0] > losses[1] + 0.1
+    hooked = model.attach({RESID: identity_sae()})
+    result = run_suite(hooked, texts, lm_checkpoints=checkpoints, only=["compute_equivalent"], progress=False)
+    hooked.detach()
+    (row,) = result.rows
+    assert (row.measure.value, row.measure.low, row.measure.high) == pytest.approx((1, 1, 1), abs=1e-4)
+    assert row.measure.note == "2 checkpoints, the last at 1000"
+    assert result.provenance["lm_checkpoints"] == [10, 1000]
+
+
+def test_saes_of_one_site_are_compared(model, ids):
+    sae = tiny_sae(seed=1)
+    with torch.no_grad():
+        other = tiny_sae(seed=1)
+        order = torch.randperm(sae.d_sae)
+        for name in ("W_enc", "b_enc", "W_dec"):
+            own = getattr(sae, name)
+            getattr(other, name).copy_(own[:, order] if name == "W_enc" else own[order])
+    hooked = model.attach({RESID: [sae, other], LAST: tiny_sae(seed=2)})
+    names = dict(zip(hooked.sites, ("one", "two", "three"), strict=True))
+    result = run_suite(hooked, ids, only=["stability"], names=names, progress=False)
+    hooked.detach()
+    assert {(row.sae, row.site, row.metric) for row in result.rows} == {("one, two", RESID, "stability")}
+    assert {row.measure.name: row.measure.value for row in result.rows} == {
+        "max_cosine": pytest.approx(1, abs=1e-5),
+        "shared_latents": 1.0,
+    }
+
+
+def test_what_there_is_nothing_to_compare_with(model, ids):
+    hooked = model.attach({RESID: tiny_sae()})
+    with pytest.raises(ArgumentError, match="stability compares SAEs of one site"):
+        run_suite(hooked, ids, only=["stability"])
+    with pytest.raises(ArgumentError, match="none are given"):
+        run_suite(hooked, ids, only=["compute_equivalent"])
+    hooked.detach()
 
 
 # --- steering and attribution -----------------------------------------------------------------------------------------
@@ -303,7 +389,7 @@ def test_the_whole_suite_is_plain_data(models_by_name, ids):
     result = run_suite(hooked, ids, tasks=tasks, names={RESID: "mine"}, progress=False)
     hooked.detach()
     data = json.loads(result.to_json())
-    assert {row["metric"] for row in data["rows"]} == set(METRICS)
+    assert {row["metric"] for row in data["rows"]} == set(METRICS) - {"stability", "compute_equivalent"}
     assert all({"value", "low", "high", "unit", "n", "of", "tokens"} <= row.keys() for row in data["rows"])
     # No latent of one of the random SAEs stands for the letter, and the MLP's channels are no directions of the residual stream.
     assert sorted(gone["metric"] for gone in data["left_out"]) == ["absorption", "steering"]
@@ -329,21 +415,48 @@ def test_some_of_the_suite(model, ids):
     assert json.loads(result.to_json())["rows"][0]["metric"] == "latent_quality"
 
 
-def test_the_command_adds_the_suite_to_its_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("saehook.suite.run.METRICS", ("shrinkage", "probe_loss"))
+def test_the_command_adds_the_suite_to_its_file_and_its_page(tmp_path, capsys):
     tasks = tmp_path / "tasks.jsonl"
     rows = ({"text": f"x = {i}{end}", "labels": {"closed": end == ")"}} for i in range(60) for end in (")", ","))
     tasks.write_text("\n".join(map(json.dumps, rows)))
     out, sae = tmp_path / "eval.json", str(bundled("sae"))
     arguments = ["eval", "--sae", sae, "--tokens", "3k", "--json", str(out), "--probe-tasks", str(tasks)]
     assert main(arguments) == 2
-    assert "--probe-tasks are for --suite full" in capsys.readouterr().err
-    assert main([*arguments, "--suite", "full"]) == 0
+    assert "--probe-tasks is for --suite full or absorption or probe_loss" in capsys.readouterr().err
+    assert main([*arguments, "--suite", "shrinkage", "probe_loss"]) == 0
     shown = capsys.readouterr().out
     assert "refinement_shift" in shown
     data = json.loads(out.read_text())
     assert {row["metric"] for row in data["suite"]["rows"]} == {"shrinkage", "probe_loss"}
     assert [row.sae for row in EvalResult.from_json(out.read_text()).results] == ["sae"]
+    assert main(["report", str(out)]) == 0
+    page = out.with_suffix(".html").read_text()
+    assert "refinement shift" in page
+    assert "probe loss.closed" in page
+
+
+def test_metrics_that_compare_several_things_from_the_shell(tmp_path, capsys):
+    """Two SAEs of one site, and a curve of checkpoints that says nothing: two times the same model."""
+    lm = tmp_path / "lm"
+    build_lm("gpt2").save_pretrained(lm)
+    byte_tokenizer().save_pretrained(lm)
+    (tmp_path / "text.txt").write_text("the cat sees a red house and the dog runs under the tree . " * 60)
+    for seed in (0, 1):
+        save_sae(tiny_sae(seed=seed, site=RESID), tmp_path / f"seed{seed}")
+    out = tmp_path / "eval.json"
+    base = ["eval", "--lm", str(lm), "--text", str(tmp_path / "text.txt"), "--tokens", "1k", "--json", str(out)]
+    base += ["--sae", str(tmp_path / "seed0"), str(tmp_path / "seed1"), "--suite"]
+    assert main([*base, "stability", "compute_equivalent", "--lm-checkpoints", f"1k={lm}", f"2k={lm}"]) == 0
+    assert "shared_latents" in capsys.readouterr().out
+    suite = json.loads(out.read_text())["suite"]
+    assert {(row["sae"], row["metric"]) for row in suite["rows"]} == {("seed0, seed1", "stability")}
+    assert suite["provenance"]["lm_checkpoints"] == [1000, 2000]
+    assert {gone["metric"] for gone in suite["left_out"]} == {"compute_equivalent"}
+    assert main([*base, "stability", "--lm-checkpoints", f"1k={lm}"]) == 2
+    assert "--lm-checkpoints is for --suite full or compute_equivalent" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*base, "compute_equivalent", "--lm-checkpoints", str(lm)])
+    assert "STEP=LM is expected" in capsys.readouterr().err
 
 
 def test_where_probe_tasks_come_from(tmp_path):

@@ -195,6 +195,17 @@ def test_quality_of_a_dictionary_with_duplicates():
     assert found["encoder_decoder_cosine"].value == pytest.approx(1)
 
 
+def test_the_interval_of_uniformity_holds_it():
+    """Most latents are rare: a bootstrap over windows would miss them and lie wholly above."""
+    x = torch.zeros(N, D)
+    x[:, 0] = 1
+    rare = torch.arange(N) % (N // WINDOWS) == 0
+    x[rare, (torch.arange(N) * WINDOWS // N % (D - 1) + 1)[rare]] = 1
+    found = by_name(latent_quality(sample_of(orthonormal_sae(ReLU()), x)))["uniformity"]
+    assert found.low < found.value < found.high
+    assert found.high - found.low < found.value
+
+
 def test_latents_that_two_saes_share():
     a, b = orthonormal_sae(ReLU()), orthonormal_sae(ReLU())
     order = torch.randperm(D)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from saehook import SAE, HookedModel, ReLU, SAEConfig
+from saehook.cli import main
 from saehook.corpus import Document
 from saehook.errors import ArgumentError, FileError
 from saehook.suite.absorption import absorbed_share, absorption, main_latents, probe_direction
@@ -124,6 +125,25 @@ def test_files_of_tasks(tmp_path):
         read_tasks(file)
     with pytest.raises(FileError, match="cannot read"):
         read_tasks(tmp_path / "none")
+
+
+def test_the_command_writes_what_it_makes(tmp_path, capsys):
+    for i in range(40):
+        (tmp_path / f"{i}.py").write_text(SOURCE.replace("size", f"size_{i}"))
+    out = tmp_path / "tasks.jsonl"
+    assert main(["probes", "--text", str(tmp_path), "--examples", "80", "--seed", "3", "-o", str(out)]) == 0
+    made = read_tasks(out)
+    assert {"in_string", "line_returns", "in_call", "next_closes_bracket"} <= {task.name for task in made}
+    said = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines())
+    assert said == {task.name: str(len(task.texts)) for task in made}
+    check_tasks(made)
+    documents = [Document(str(i), (tmp_path / f"{i}.py").read_text()) for i in range(40)]
+    texts = {text for task in made for text in task.texts}
+    assert all(any(text in document.text for document in documents) for text in texts)
+    (tmp_path / "short.txt").write_text("Nothing to ask about.")
+    assert main(["probes", "--text", str(tmp_path / "short.txt"), "-o", str(tmp_path / "none.jsonl")]) == 2
+    assert "not enough places" in capsys.readouterr().err
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------

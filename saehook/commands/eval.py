@@ -88,7 +88,9 @@ def run(arguments: argparse.Namespace) -> None:
         ("--lm-checkpoints", arguments.lm_checkpoints, {"compute_equivalent"}),
     ):
         if given and not needed & set(metrics):
-            raise ArgumentError(f"{option} is for --suite full or {' or '.join(sorted(needed))}. Give both, or neither.")
+            raise ArgumentError(
+                f"{option} is for --suite full or {' or '.join(sorted(needed))}. Give both, or neither."
+            )
     evaluated(arguments, check=arguments.check, seed=arguments.seed, metrics=metrics)
 
 

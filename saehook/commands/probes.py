@@ -43,7 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     documents = documents_of_setting(vars(arguments), "text")
     if isinstance(documents, DatasetText) and documents.take is None:
-        raise ArgumentError("tasks are drawn from all of the text, and this dataset has no end. Say how many rows: take=1000.")
+        raise ArgumentError(
+            "tasks are drawn from all of the text, and this dataset has no end. Say how many rows: take=1000."
+        )
     if documents is None:
         documents = corpus.read_documents(corpus.held_out_files())
     tasks = make_tasks(documents, examples=arguments.examples, seed=arguments.seed)

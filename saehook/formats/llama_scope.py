@@ -101,7 +101,9 @@ def _d_sae(data: dict[str, Any], d_in: int, path: Path) -> int:
         return whole_number(data, "d_sae", path)
     factor = data.get("expansion_factor")
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
-        raise FormatError(f"{path}: expansion_factor is {factor!r}, and there is no d_sae; a number above 0 is expected.")
+        raise FormatError(
+            f"{path}: expansion_factor is {factor!r}, and there is no d_sae; a number above 0 is expected."
+        )
     return round(d_in * factor)
 
 

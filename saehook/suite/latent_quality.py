@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saehook.sae import SAE
-from saehook.suite.measure import Measure, between, median, ratio
+from saehook.suite.measure import Measure, Z, median, ratio
 from saehook.suite.sample import MAX_NUMBERS, Sample
 
 
@@ -69,22 +69,19 @@ def latent_quality(sample: Sample) -> list[Measure]:
 
 
 def _uniformity(sample: Sample, alive: Tensor, counts: Tensor) -> Measure:
-    """With the interval of a bootstrap over windows, of which each is a part of the firings."""
+    """With the interval of a jackknife over windows: a bootstrap's draws would miss windows, and with them rare latents."""
     by_window = torch.zeros(sample.windows, sample.sae.d_sae, dtype=torch.float32)
     for part in sample.parts():
         fires = (sample.sae.encode(sample.x[part]) > 0).float().cpu()
         by_window.index_add_(0, sample.row[part].cpu(), fires)
     by_window = by_window[by_window.sum(1) > 0].double()
     n = len(by_window)
-    low = high = float("nan")
+    error = float("nan")
     if n > 1:
-        generator = torch.Generator().manual_seed(0)
-        values = []
-        for _ in range(100):
-            times = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).double()
-            drawn = times @ by_window
-            values.append(effective_latents(drawn) / int((drawn > 0).sum()))
-        low, high = between(torch.tensor(values))
+        without = by_window.sum(0) - by_window
+        values = torch.tensor([effective_latents(left) / max(1, int((left > 0).sum())) for left in without])
+        error = Z * float(((n - 1) * values.double().var(correction=0)).sqrt())
     value = effective_latents(counts) / max(1, len(alive))
     note = f"{effective_latents(counts):.0f} effective of {len(alive)} alive latents"
+    low, high = value - error, value + error
     return Measure("uniformity", value, "of the alive latents", low, high, n, "windows", len(sample), note=note)
