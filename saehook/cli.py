@@ -1,5 +1,5 @@
-"""`saehook demo | eval | probes | report | train | generate | replay | export | stats | sites | plan | info | convert | push`: one file
-of `commands/` each.
+"""`saehook demo | eval | probes | report | train | generate | replay | export | stats | sites | plan | info | convert | push`:
+one file of `commands/` each.
 
 Every command works on the bundled files without further arguments. Heavy packages are imported by the command that needs
 them, so `saehook --help` is instant.
