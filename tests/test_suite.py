@@ -1,5 +1,6 @@
 """The slow metrics that need a language model, on planted patterns and a tiny random model."""
 
+import copy
 import json
 import math
 
@@ -270,7 +271,7 @@ def test_losses_of_checkpoints(models_by_name):
     assert means == pytest.approx([model.loss(ids), other.loss(ids)], abs=1e-5)
     with pytest.raises(ArgumentError, match="two checkpoints have the step 3"):
         checkpoint_losses(hooked, [(3, model), (3, other)], ids)
-    foreign = HookedModel(model.lm, byte_tokenizer())
+    foreign = HookedModel(model.lm, copy.deepcopy(byte_tokenizer()))
     foreign.tokenizer.add_tokens(["<new>"])
     with pytest.raises(ArgumentError, match="another tokenizer"):
         checkpoint_losses(hooked, [(3, foreign)], ids)

@@ -123,6 +123,7 @@ def _adapter(base: Any) -> Any:
             self.sae = sae.to(dtype)
             self.W_enc, self.b_enc, self.W_dec, self.b_dec = sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec
             self.cfg.architecture = _NAMES[type(sae.config.activation)]
+            self.cfg.architecture_str = self.cfg.architecture  # its core evaluation (0.6.0) asks for this name
             self.cfg.apply_b_dec_to_input = sae.config.subtract_b_dec
 
         def encode(self, x: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ def tasks_to_json_lines(tasks: Iterable[ProbeTask]) -> str:
 
 
 def make_tasks(documents: Iterable[Document], *, examples: int = 800, seed: int = 0) -> list[ProbeTask]:
-    """Tasks from documents: those about Python from sources that parse, those about prose from the others.
+    """Tasks from documents: those about Python from sources that parse, those about prose from the others. No text occurs twice
+    in a task, and none whose end is followed by one answer here and by the other there.
 
     Args:
         examples: of each task, as many of each class as of the other; a task for which there are not half as many is left
@@ -107,11 +108,15 @@ def make_tasks(documents: Iterable[Document], *, examples: int = 800, seed: int 
                 places.setdefault(name, ([], []))[label].append((document.text, place))
     tasks = []
     for name, classes in places.items():
-        each = min(examples // 2, *map(len, classes))
+        no, yes = (
+            dict.fromkeys(text[max(0, end - EXAMPLE_CHARACTERS) : end] for text, end in group) for group in classes
+        )
+        both = no.keys() & yes.keys()  # what comes before the place does not tell
+        texts = [[text for text in group if text not in both] for group in (no, yes)]
+        each = min(examples // 2, *map(len, texts))
         if each < examples // 4:
             continue
-        drawn = [(text, end, label) for label, group in enumerate(classes) for text, end in draw.sample(group, each)]
+        drawn = [(text, bool(label)) for label, group in enumerate(texts) for text in draw.sample(group, each)]
         draw.shuffle(drawn)
-        texts = [text[max(0, end - EXAMPLE_CHARACTERS) : end] for text, end, _ in drawn]
-        tasks.append(ProbeTask(name, texts, [bool(label) for _, _, label in drawn]))
+        tasks.append(ProbeTask(name, [text for text, _ in drawn], [label for _, label in drawn]))
     return tasks

@@ -1,9 +1,9 @@
-"""Records saebench.json: what SAEBench's core evaluation (`sae_bench.evals.core.main.run_evals`, 0.6.0) says of our SAE behind our
-adapter, on the case of `saelens_eval_case.py`.
+"""Records saebench.json: what SAEBench's core evaluation (`sae_bench.evals.core.main.run_evals`, 0.6.0) says of our SAE behind
+our adapter, on the case of `saelens_eval_case.py`, and whether the adapter passes its checks.
 
 In an environment of its own: `pip install torch==2.13.0 sae-bench==0.6.0 safetensors`, then
-`PYTHONPATH=.:tests/parity python tests/parity/record_saebench.py tests/parity/saebench.json`. Nothing of that package is in this
-repository but numbers that it computed. Its command loads a model and a data set from a hub; here both come from formulas.
+`PYTHONPATH=.:tests:tests/parity python tests/parity/record_saebench.py tests/parity/saebench.json`. Nothing of that package is in
+this repository but numbers that it computed. Its command loads a model and a data set from a hub; here both come from formulas.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from builders import tiny_sae
 from record_saelens_eval import HOOK, Model, Store
+from sae_bench.custom_saes.base_sae import BaseSAE  # pyright: ignore[reportMissingImports]
 from sae_bench.evals.core.eval_config import CoreEvalConfig  # pyright: ignore[reportMissingImports]
 from sae_bench.evals.core.main import run_evals  # pyright: ignore[reportMissingImports]
 from saelens_eval_case import D_SAE, LAYER, WIDTH, ids, sae_weights
@@ -33,6 +35,24 @@ class Batches(Store):
 
     def reset_input_dataset(self) -> None:
         self.batches = iter(ids().split(2))
+
+
+def checked(activation: str) -> str:
+    """What `BaseSAE.test_sae` asks for, without the download of a language model; the architecture that SAEBench notes."""
+    sae = tiny_sae(WIDTH, activation=activation, site="layers.2.resid_post")
+    theirs = as_saebench(sae, model_name="pythia-70m-deduped")
+    assert isinstance(theirs, BaseSAE)
+    assert theirs.check_decoder_norms()
+    assert theirs.W_dec.shape == (theirs.cfg.d_sae, theirs.cfg.d_in)
+    assert theirs.W_enc.shape == (theirs.cfg.d_in, theirs.cfg.d_sae)
+    assert (theirs.cfg.hook_name, theirs.cfg.hook_layer) == ("blocks.2.hook_resid_post", 2)
+    x = torch.randn(3, 5, WIDTH)
+    torch.testing.assert_close(theirs(x), theirs.decode(theirs.encode(x)))
+    torch.testing.assert_close(theirs(x), sae(x).x_hat, atol=1e-5, rtol=1e-4)
+    half = theirs.to(dtype=torch.bfloat16)
+    assert half.encode(x.bfloat16()).dtype == half.dtype == half.W_enc.dtype == torch.bfloat16
+    assert half.check_decoder_norms()
+    return theirs.cfg.architecture
 
 
 def measured() -> dict[str, Any]:
@@ -55,7 +75,7 @@ def measured() -> dict[str, Any]:
     with torch.no_grad():
         groups, latents = run_evals(theirs, Batches(), Model(), config)
     flat = {name: value for group in groups.values() for name, value in group.items()}
-    return flat | {"checks_decoder_norms": bool(theirs.check_decoder_norms()), "latents": latents}
+    return flat | {"checked": {name: checked(name) for name in ("relu", "batchtopk", "jumprelu")}, "latents": latents}
 
 
 if __name__ == "__main__":

@@ -44,11 +44,13 @@ def check(peer: dict[str, Any]) -> None:
     assert ours == {name: pytest.approx(peer[name], rel=1e-5, abs=1e-6) for name in ours}
     latents = peer["latents"]
     assert row.dead_share == sum(density == 0 for density in latents["feature_density"]) / D_SAE
-    torch.testing.assert_close(alignment(sae), torch.tensor(latents["encoder_decoder_cosine_sim"]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        alignment(sae), torch.tensor(latents["encoder_decoder_cosine_sim"]), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(
         max_cosine(sae.W_dec)[0], torch.tensor(latents["max_decoder_cosine_sim"]), rtol=1e-5, atol=1e-5
     )
-    assert peer["checks_decoder_norms"]
+    assert peer["checked"] == {"relu": "standard", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 
 
 def test_the_package_measured_what_we_measure():
@@ -62,7 +64,7 @@ def test_the_package_measured_what_we_measure():
 def test_the_installed_package_measures_what_we_measure(tmp_path):
     python = os.environ.get("SAEHOOK_PYTHON_SAEBENCH")
     assert python, "name the Python of an environment with sae-bench in SAEHOOK_PYTHON_SAEBENCH"
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     file = tmp_path / "saebench.json"
     subprocess.run([python, HERE / "record_saebench.py", file], check=True, env=os.environ | {"PYTHONPATH": path})
     check(json.loads(file.read_text()))
