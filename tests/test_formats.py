@@ -652,11 +652,12 @@ def test_configurations_of_sparsify(tmp_path, changes):
 
 
 def test_configurations_of_sparsify_that_say_too_little(tmp_path):
-    for name, changes, match in (
+    cases: list[tuple[str, dict[str, Any], str]] = [
         ("k", {"k": None}, "no configuration .* says k"),
         ("half", {"k": 2.5}, "k is 2.5; a whole number"),
         ("more", {"num_latents": 2 * D_IN + 1}, r"W_enc has shape \(10, 20\), but cfg.json says \(10, 21\)"),
-    ):
+    ]
+    for name, changes, match in cases:
         with pytest.raises(FormatError, match=match):
             load_sae(sparsify(tmp_path / name, **changes))
     with pytest.raises(FileError, match="Below it are layers.3.mlp: name one with sub="):

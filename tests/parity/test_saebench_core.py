@@ -57,7 +57,8 @@ def test_the_package_measured_what_we_measure():
     peer = json.loads((HERE / "saebench.json").read_text())
     assert peer["version"] == "0.6.0"
     check(peer)
-    assert 0.1 < peer["ce_loss_score"] < 0.99
+    assert peer["kl_div_with_sae"] > 0.5, "the splice changes something"
+    assert abs(peer["ce_loss_with_ablation"] - peer["ce_loss_without_sae"]) > 1
 
 
 @pytest.mark.peers
