@@ -461,7 +461,8 @@ def test_metrics_that_compare_several_things_from_the_shell(tmp_path, capsys):
 
 
 def test_where_probe_tasks_come_from(tmp_path):
-    source = [Document(f"{i}.py", "def f(x):\n    return [x, x + 1]  # the same again\n" * 10) for i in range(20)]
+    line = "def f_{0}(x):\n    return [x, x + {0}]  # the same again\n"
+    source = [Document(f"{i}.py", "".join(line.format(10 * i + j) for j in range(10))) for i in range(20)]
     made = {task.name for task in probe_tasks(None, source, seed=0)}
     assert "in_comment" in made
     assert "in_docstring" not in made

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -97,13 +98,14 @@ def test_what_quotation_marks_and_stops_know_about_prose():
 
 
 def test_tasks_are_balanced_and_repeatable():
-    documents = [Document(f"{i}.py", SOURCE.replace("size", f"size_{i}")) for i in range(40)]
+    documents = [Document(f"{i}.py", re.sub("Reads|line|path|size", rf"\\g<0>_{i}", SOURCE)) for i in range(40)]
     tasks = make_tasks(documents, examples=80)
     assert {"in_string", "in_docstring", "line_returns", "in_call", "next_closes_bracket"} <= {t.name for t in tasks}
     for task in tasks:
         assert sum(task.labels) * 2 == len(task.labels) == len(set(task.texts)) <= 80
     assert make_tasks(documents, examples=80) == tasks
     assert make_tasks([Document("bad.py", "def f(:\n")]) == []
+    assert make_tasks([Document(f"{i}.py", SOURCE) for i in range(40)], examples=400) == [], "the same text again and again"
 
 
 def test_the_held_out_modules_give_ten_tasks():
