@@ -98,7 +98,7 @@ def test_what_quotation_marks_and_stops_know_about_prose():
 
 
 def test_tasks_are_balanced_and_repeatable():
-    documents = [Document(f"{i}.py", re.sub("Reads|line|path|size", rf"\\g<0>_{i}", SOURCE)) for i in range(40)]
+    documents = [Document(f"{i}.py", re.sub("Reads|line|path|size", rf"\g<0>_{i}", SOURCE)) for i in range(40)]
     tasks = make_tasks(documents, examples=80)
     assert {"in_string", "in_docstring", "line_returns", "in_call", "next_closes_bracket"} <= {t.name for t in tasks}
     for task in tasks:
