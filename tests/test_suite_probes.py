@@ -105,7 +105,9 @@ def test_tasks_are_balanced_and_repeatable():
         assert sum(task.labels) * 2 == len(task.labels) == len(set(task.texts)) <= 80
     assert make_tasks(documents, examples=80) == tasks
     assert make_tasks([Document("bad.py", "def f(:\n")]) == []
-    assert make_tasks([Document(f"{i}.py", SOURCE) for i in range(40)], examples=400) == [], "the same text again and again"
+    assert make_tasks([Document(f"{i}.py", SOURCE) for i in range(40)], examples=400) == [], (
+        "the same text again and again"
+    )
 
 
 def test_the_held_out_modules_give_ten_tasks():
