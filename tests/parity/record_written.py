@@ -1,7 +1,8 @@
 """What other tools make of SAEs that we wrote: records written_TOOL.safetensors.
 
 Each tool in an environment of its own, with torch and safetensors; nothing of saehook is needed there:
-`pip install torch==2.13.0 sae-lens` (6.54.12), `dictionary-learning` (0.1.0), `eai-sparsify` (1.3.3). Then
+`pip install torch==2.13.0 sae-lens` (6.54.12), `dictionary-learning` (0.1.0), `eai-sparsify` (1.3.3). The last two bring a
+torchvision of another build, beside which transformers cannot be imported: `pip uninstall torchvision`. Then
 `python tests/parity/record_written.py TOOL DIR/TOOL tests/parity/written_TOOL.safetensors`, DIR from `written_case.py`. Nothing
 of these packages is in this repository but numbers that they computed.
 """
