@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
+from saehook.inspection import token_losses
+from saehook.interventions import ablate
 from saehook.sae import QUANTILE_LEVELS
 
 BARS_PER_OCTAVE = 2
@@ -104,6 +106,17 @@ class Context:
     ids: list[int]
     tokens: list[str]
     activations: list[float]
+    before: list[int]
+    """Ids of the window in front of them."""
+    loss_change: list[float | None] | None = None
+    """What each token's loss, in nats, grows by when the latent is ablated in the window up to here; None for the window's
+    first token, and where nobody has measured it (`ablate_contexts`)."""
+
+    @property
+    def mean_change(self) -> float | None:
+        """Mean of `loss_change`."""
+        known = [one for one in self.loss_change or () if one is not None]
+        return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -288,7 +301,30 @@ class _Found:
         cut = slice(start, position + CONTEXT_TOKENS + 1)
         chosen = ids[cut].tolist()
         tokens = [self.hooked.tokenizer.decode([i]) for i in chosen]
-        return Context(window, position, position - start, chosen, tokens, acts[cut].tolist())
+        return Context(window, position, position - start, chosen, tokens, acts[cut].tolist(), ids[:start].tolist())
+
+
+def ablate_contexts(hooked: HookedSAEs, scan: LatentScan) -> Generator[LatentScan, None, None]:
+    """The scan with the `loss_change` of one more context each time, in order: two forward passes of the window for each.
+    Between two of them the caller may stop."""
+    edit = ablate(scan.latent, site=scan.site)
+
+    @torch.no_grad()
+    def measured(one: Context) -> Context:
+        ids = torch.tensor([*one.before, *one.ids])
+        clean, without = (token_losses(hooked(ids, edits).logits[0].float(), ids) for edits in ((), edit))
+        change = (without - clean)[len(one.before) :].tolist()
+        return replace(one, loss_change=[None if math.isnan(value) else value for value in change])
+
+    for i, one in enumerate(scan.top):
+        scan = replace(scan, top=[*scan.top[:i], measured(one), *scan.top[i + 1 :]])
+        yield scan
+    for part, (low, high, contexts) in enumerate(scan.sampled):
+        for i in range(len(contexts)):
+            contexts = [*contexts[:i], measured(contexts[i]), *contexts[i + 1 :]]
+            sampled = [*scan.sampled[:part], (low, high, contexts), *scan.sampled[part + 1 :]]
+            scan = replace(scan, sampled=sampled)
+            yield scan
 
 
 def bars(values: Tensor) -> list[Bar]:
