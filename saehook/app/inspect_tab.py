@@ -77,9 +77,7 @@ class InspectTab:
         gr.Markdown(HELP, elem_id="help")
         with gr.Row(elem_classes="bottom"):
             sort = gr.Dropdown(list(SORTS), value="activation", label="Latents by", elem_id="sort", min_width=130)
-            dense = gr.Slider(
-                0, 100, 100, step=0.5, label="Leave out those that fire on more than, %", elem_id="dense", min_width=160
-            )
+            dense = gr.Slider(0, 100, 100, step=0.5, label="Fires on at most, %", elem_id="dense", min_width=160)
             least = gr.Number(0, label="Active from", minimum=0, elem_id="least", min_width=90)
             words = gr.Textbox(
                 "", label="With a label like", max_lines=1, max_length=60, elem_id="label-words", min_width=130

@@ -76,7 +76,7 @@ class LatentTab:
         chosen = [shared.site, shared.latent]
         found = [self.facts, raises, lowers, near, stored, densities, label, notes]
         show.click(self.on_show, chosen, found, **TOLD)
-        tab.select(lambda site, one: self.on_show(site, one) if one else (gr.skip(),) * 8, chosen, found, **TOLD)
+        tab.select(self.on_open, [*chosen, self.facts], found, **TOLD)
         near.select(on_table_select, None, shared.latent, **QUIET).then(self.on_show, chosen, found, **TOLD)
         save.click(self.on_save, [*chosen, label, notes], None, **TOLD)
         running = scan.click(
@@ -109,6 +109,13 @@ class LatentTab:
             )
             plots = stored_plot(card), density_plot(hooked.saes[name], latent)
             return facts_table(card), raised, lowered, near, *plots, note.label, note.notes
+
+    def on_open(self, site: str, chosen: Any, facts: Any) -> tuple[Any, ...]:
+        """The facts, unless they are shown already: a note may be half written."""
+        caption = str(facts.get("caption", "")) if isinstance(facts, dict) else ""
+        if not chosen or (caption.startswith(f"Latent {chosen} of ") and f" at {site}" in caption):
+            return (gr.skip(),) * 8
+        return self.on_show(site, chosen)
 
     def on_save(self, site: str, chosen: Any, label: Any, notes: Any) -> None:
         """A label and notes are written beside the SAE."""

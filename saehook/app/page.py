@@ -62,7 +62,7 @@ def build_app(
         gr.Markdown(INTRODUCTION, elem_id="introduction")
         sites = hooked.sites
         with gr.Row():
-            with gr.Column(scale=6, min_width=320):
+            with gr.Column(scale=1, min_width=320):
                 prompt = gr.Textbox(
                     PROMPTS[0], label="Prompt", info="Shift+Enter reads it", lines=4, max_lines=10, elem_id="prompt",
                     max_length=limits.prompt_chars,
@@ -75,7 +75,7 @@ def build_app(
                     [[text] for text in PROMPTS], [prompt], example_labels=PROMPT_NAMES, label="Or try",
                     elem_id="examples", cache_examples=False, api_visibility="private",
                 )  # fmt: skip
-            with gr.Column(scale=5, min_width=300):
+            with gr.Column(scale=1, min_width=320):
                 with gr.Row(elem_classes="bottom"):
                     site = gr.Dropdown(
                         sites, value=sites[0], label="Site", info="where an SAE is attached", scale=2, elem_id="site",
@@ -84,10 +84,10 @@ def build_app(
                     read_button = gr.Button("Read", variant="primary", elem_id="read", scale=1, min_width=90)
                 with gr.Row(elem_classes="bottom"):
                     latent = gr.Textbox(
-                        "", label="Chosen latent", max_lines=1, max_length=12, elem_id="latent", scale=2, min_width=90
+                        "", label="Chosen latent", max_lines=1, max_length=12, elem_id="latent", scale=2, min_width=80
                     )
                     kind = make_kind()
-                    to_edit = gr.Button("Edit this latent", elem_id="to-edit", scale=2, min_width=110)
+                    to_edit = gr.Button("Edit this latent", elem_id="to-edit", scale=1, min_width=110)
         reading = gr.State(None, time_to_live=3600)
         shared = Shared(hooked, limits, paths, prompt, site, latent, reading, editor, chat, gr.State(None))
         shared.controls += [prompt, chat, site, latent, kind]

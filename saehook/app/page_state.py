@@ -55,7 +55,7 @@ class PageState:
         for name, value in given.items():
             kind = type(getattr(PageState(), name))
             if not isinstance(value, kind):
-                raise FormatError(f"the session's {name} is {str(value)[:60]!r}; a {kind.__name__} is expected.")
+                raise FormatError(f"the session's {name} is {value!r:.60}; a {kind.__name__} is expected.")
         if given.get("tab", "inspect") not in TABS:
             raise FormatError(f"the session's tab is {given['tab'][:60]!r}; expected one of {', '.join(TABS)}.")
         return PageState(**given)
@@ -134,5 +134,5 @@ def _checked(control: Any, value: Any) -> Any:
             f"“{control.label}” has {len(value)} characters; this page allows {control.max_length}. Shorten it."
         )
     if expected is not None:
-        raise ArgumentError(f"“{control.label}” is {str(value)[:60]!r}; expected: {expected}.")
+        raise ArgumentError(f"“{control.label}” is {value!r:.60}; expected: {expected}.")
     return value

@@ -202,4 +202,4 @@ class Sidebar:
 
 def make_kind() -> gr.Dropdown:
     """What “Edit this latent” does with it."""
-    return gr.Dropdown(list(KINDS), value=next(iter(KINDS)), label="How", elem_id="kind", min_width=110, scale=2)
+    return gr.Dropdown(list(KINDS), value=next(iter(KINDS)), label="How", elem_id="kind", min_width=170, scale=4)

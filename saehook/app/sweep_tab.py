@@ -46,7 +46,7 @@ class SweepTab:
         edits = [FIRST_LATENT, *(f"edit {i + 1}" for i in range(shared.limits.edits))]
         with gr.Row(elem_classes="bottom"):
             which = gr.Dropdown(
-                edits, value=FIRST_LATENT, label="Edit to sweep", elem_id="sweep-edit", min_width=150, scale=2
+                edits, value=FIRST_LATENT, label="Edit to sweep", elem_id="sweep-edit", min_width=210, scale=3
             )
             strengths = gr.Textbox(
                 STRENGTHS, label="Strengths, in the edit's unit", max_lines=1, max_length=400, elem_id="sweep-strengths",
