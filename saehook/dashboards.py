@@ -305,26 +305,24 @@ class _Found:
 
 
 def ablate_contexts(hooked: HookedSAEs, scan: LatentScan) -> Generator[LatentScan, None, None]:
-    """The scan with the `loss_change` of one more context each time, in order: two forward passes of the window for each.
-    Between two of them the caller may stop."""
+    """The scan with the `loss_change` of one more context each time, in order: two forward passes of its window. Between two of
+    them the caller may stop."""
     edit = ablate(scan.latent, site=scan.site)
+    known: dict[int, list[float | None]] = {}
 
-    @torch.no_grad()
-    def measured(one: Context) -> Context:
+    def filled(contexts: list[Context]) -> list[Context]:
+        return [replace(one, loss_change=known.get(one.window)) for one in contexts]
+
+    for one in [*scan.top, *(one for *_, contexts in scan.sampled for one in contexts)]:
+        if one.window in known:  # a window has one context, which may stand in both
+            continue
         ids = torch.tensor([*one.before, *one.ids])
-        clean, without = (token_losses(hooked(ids, edits).logits[0].float(), ids) for edits in ((), edit))
+        with torch.no_grad():
+            clean, without = (token_losses(hooked(ids, edits).logits[0].float(), ids) for edits in ((), edit))
         change = (without - clean)[len(one.before) :].tolist()
-        return replace(one, loss_change=[None if math.isnan(value) else value for value in change])
-
-    for i, one in enumerate(scan.top):
-        scan = replace(scan, top=[*scan.top[:i], measured(one), *scan.top[i + 1 :]])
-        yield scan
-    for part, (low, high, contexts) in enumerate(scan.sampled):
-        for i in range(len(contexts)):
-            contexts = [*contexts[:i], measured(contexts[i]), *contexts[i + 1 :]]
-            sampled = [*scan.sampled[:part], (low, high, contexts), *scan.sampled[part + 1 :]]
-            scan = replace(scan, sampled=sampled)
-            yield scan
+        known[one.window] = [None if math.isnan(value) else value for value in change]
+        sampled = [(low, high, filled(contexts)) for low, high, contexts in scan.sampled]
+        yield replace(scan, top=filled(scan.top), sampled=sampled)
 
 
 def bars(values: Tensor) -> list[Bar]:

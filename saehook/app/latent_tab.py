@@ -44,17 +44,18 @@ class LatentTab:
         self.shared = shared
         gr.Markdown(HELP, elem_id="latent-help")
         with gr.Row(elem_classes="bottom"):
-            show = gr.Button("Show", variant="primary", elem_id="show-latent", min_width=90)
             text = gr.Dropdown(
-                [HELD_OUT, PROMPT], value=HELD_OUT, label="Text to scan", elem_id="scan-text", min_width=200
+                [HELD_OUT, PROMPT], value=HELD_OUT, label="Text to scan", elem_id="scan-text", min_width=280, scale=3
             )
             tokens = gr.Number(
                 min(20_000, shared.limits.scan_tokens), label="Tokens", precision=0, minimum=100,
                 maximum=shared.limits.scan_tokens, elem_id="scan-tokens", min_width=100,
             )  # fmt: skip
-            scan = gr.Button("Scan", elem_id="scan", min_width=80)
-            ablated = gr.Button("Ablate on these", elem_id="ablate-examples", min_width=120)
-            stop = gr.Button("Stop", variant="stop", elem_id="scan-stop", min_width=80)
+        with gr.Row():
+            show = gr.Button("Show", variant="primary", elem_id="show-latent", min_width=90)
+            scan = gr.Button("Scan", elem_id="scan", min_width=90)
+            ablated = gr.Button("Ablate on these", elem_id="ablate-examples", min_width=150)
+            stop = gr.Button("Stop", variant="stop", elem_id="scan-stop", min_width=90)
         shared.controls += [text, tokens]
         self.facts = make_table(empty_table(NOT_YET), label="Facts about the latent", elem_id="facts")
         with gr.Row():
@@ -277,8 +278,8 @@ def scan_contexts(scan: LatentScan, tokenizer: Any) -> dict[str, Any]:
                 group(f"Silent on the {scan.tokens:,} tokens read so far ({scan.done:.0%})", [], tokenizer, largest)
             ]
         }
-    shown = [*scan.top, *(one for *_, contexts in scan.sampled for one in contexts)]
-    changes = [one.mean_change for one in shown if one.mean_change is not None]
+    shown = {one.window: one.mean_change for one in [*scan.top, *(c for *_, some in scan.sampled for c in some)]}
+    changes = [change for change in shown.values() if change is not None]
     strongest = "Strongest: activation, text"
     if changes:
         strongest = (
