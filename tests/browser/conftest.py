@@ -58,7 +58,7 @@ def visit(browser, url) -> Iterator[Callable]:
         page.on("pageerror", lambda error: note(str(error)))
         page.on("console", lambda message: note(message.text) if message.type == "error" else None)
         page.goto(url + query)
-        page.locator(wait).first.wait_for()
+        page.locator(wait).first.wait_for(timeout=60_000)
         return page
 
     open_page.leaves = lambda: left.append(True)  # pyright: ignore[reportFunctionMemberAccess]
