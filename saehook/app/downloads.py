@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 # For the scripts of components: `save(name, text, type)`, `csv(rows)`, and a row of buttons.
-JS = """
+SAVE_JS = """
 const save = (name, content, type) => {
   const a = document.createElement('a');
   a.href = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], {type}));
@@ -18,7 +18,7 @@ const saveButton = (text, what, act) => {
   button.type = 'button'; button.textContent = text; button.ariaLabel = text + ' of ' + what; button.onclick = act;
   return button; };
 """
-CSS = """
+SAVE_CSS = """
 .save { display: flex; gap: 4px; margin-top: 4px; }
 .save[hidden] { display: none; }
 .save button { all: unset; font-size: 11px; padding: 1px 7px; cursor: pointer; border-radius: 5px;

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from saehook.app import downloads
+from saehook.app.downloads import SAVE_CSS, SAVE_JS
 
 
 def make_plots(*, label: str, **component: Any) -> gr.HTML:
@@ -23,8 +23,8 @@ def make_plots(*, label: str, **component: Any) -> gr.HTML:
         {"panels": []},
         label=label,
         html_template=f'<div class="plots" role="group" aria-label="{label}"></div>',
-        css_template=_beside(".css") + downloads.CSS,
-        js_on_load=downloads.JS + _beside(".js"),
+        css_template=_beside(".css") + SAVE_CSS,
+        js_on_load=SAVE_JS + _beside(".js"),
         apply_default_css=False,
         **component,
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from saehook.app import downloads
+from saehook.app.downloads import SAVE_CSS, SAVE_JS
 
 JS = """
 const table = element.querySelector('.table');
@@ -92,8 +92,8 @@ def make_table(value: dict[str, Any], *, label: str, **component: Any) -> gr.HTM
         label=label,
         html_template=f'<div class="box"><table class="table" aria-label="{label}">'
         '<caption></caption><thead></thead><tbody></tbody></table></div><div class="save" hidden></div>',
-        css_template=STYLE + downloads.CSS,
-        js_on_load=downloads.JS + JS,
+        css_template=STYLE + SAVE_CSS,
+        js_on_load=SAVE_JS + JS,
         apply_default_css=False,
         **component,
     )
