@@ -847,7 +847,7 @@ def test_a_function_asked_for_by_its_number_checks_what_it_gets(url):
     settings = {"sample": True, "temperature": 0.8, "top-p": 1.0, "seed": 0, "system": ""}
     for new_tokens, says in ((10**6, "maximum value 350"), (0, "minimum value 1")):
         given = values | settings | {"new-tokens": new_tokens}
-        data = [given[component.elem_id] for component in generate.inputs]
+        data = [given[str(component.elem_id)] for component in generate.inputs]
         assert joined(url, generate._id, data, f"n{new_tokens}")[0] == 200
         answer = completed(url, f"n{new_tokens}")
         assert not answer["success"]
@@ -873,7 +873,7 @@ def test_no_function_breaks_or_tells_what_it_should_not(url, client, value):
 
 def test_names_of_files_are_quoted_where_they_are_shown():
     name = "it's \"\n<img src=x onerror=alert(1)>$(rm -r .)`x`"
-    where = dict.fromkeys(SITES, name)
+    where: dict[str, str] = {site: name for site in SITES}
     code = python_for(tiny(), PROMPT, Program(), Sampling(False, 1.0, 5, 0), where)
     assert name in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     command = shell_for(tiny(), PROMPT, Program(), Sampling(False, 1.0, 5, 0), where, chat=True).partition("\nEND\n")[2]

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from app_fixtures import HOSTILE, SITES, tiny
@@ -319,8 +320,9 @@ def test_a_chat_and_a_system_prompt_as_control(visit):
     expect(page.locator("#lane-control .lane")).to_have_attribute("data-state", "done", timeout=60_000)
     expect(page.locator("#lane-control .prompt")).to_contain_text("[system]be kind")
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    settings: Any = SAMPLED | {"max_new_tokens": 5}
     for lane, given in (("control", messages), ("base", messages[1:])):
-        ids = tiny().generate(given, **(SAMPLED | {"max_new_tokens": 5})).new_ids.tolist()
+        ids = tiny().generate(given, **settings).new_ids.tolist()
         assert lane_text(page, lane) == visible(tiny().tokenizer.decode(ids))
 
 
