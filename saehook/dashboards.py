@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
+from saehook.inspection import token_losses
+from saehook.interventions import ablate
 from saehook.sae import QUANTILE_LEVELS
 
 BARS_PER_OCTAVE = 2
@@ -104,6 +106,17 @@ class Context:
     ids: list[int]
     tokens: list[str]
     activations: list[float]
+    before: list[int]
+    """Ids of the window in front of them."""
+    loss_change: list[float | None] | None = None
+    """What each token's loss, in nats, grows by when the latent is ablated in the window up to here; None for the window's
+    first token, and where nobody has measured it (`ablate_contexts`)."""
+
+    @property
+    def mean_change(self) -> float | None:
+        """Mean of `loss_change`."""
+        known = [one for one in self.loss_change or () if one is not None]
+        return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -288,7 +301,28 @@ class _Found:
         cut = slice(start, position + CONTEXT_TOKENS + 1)
         chosen = ids[cut].tolist()
         tokens = [self.hooked.tokenizer.decode([i]) for i in chosen]
-        return Context(window, position, position - start, chosen, tokens, acts[cut].tolist())
+        return Context(window, position, position - start, chosen, tokens, acts[cut].tolist(), ids[:start].tolist())
+
+
+def ablate_contexts(hooked: HookedSAEs, scan: LatentScan) -> Generator[LatentScan, None, None]:
+    """The scan with the `loss_change` of one more context each time, in order: two forward passes of its window. Between two of
+    them the caller may stop."""
+    edit = ablate(scan.latent, site=scan.site)
+    known: dict[int, list[float | None]] = {}
+
+    def filled(contexts: list[Context]) -> list[Context]:
+        return [replace(one, loss_change=known.get(one.window)) for one in contexts]
+
+    for one in [*scan.top, *(one for *_, contexts in scan.sampled for one in contexts)]:
+        if one.window in known:  # a window has one context, which may stand in both
+            continue
+        ids = torch.tensor([*one.before, *one.ids])
+        with torch.no_grad():
+            clean, without = (token_losses(hooked(ids, edits).logits[0].float(), ids) for edits in ((), edit))
+        change = (without - clean)[len(one.before) :].tolist()
+        known[one.window] = [None if math.isnan(value) else value for value in change]
+        sampled = [(low, high, filled(contexts)) for low, high, contexts in scan.sampled]
+        yield replace(scan, top=filled(scan.top), sampled=sampled)
 
 
 def bars(values: Tensor) -> list[Bar]:

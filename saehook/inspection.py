@@ -149,9 +149,9 @@ def inspect_text(
             latent=latent.cpu(),
             activation=activation.float().cpu(),
             error=error,
-            loss=_losses(clean, ids),
-            loss_spliced=_losses(spliced, ids),
-            loss_edited=_losses(edited, ids),
+            loss=token_losses(clean, ids),
+            loss_spliced=token_losses(spliced, ids),
+            loss_edited=token_losses(edited, ids),
             kl_spliced=token_kl(clean, spliced).float().cpu(),
             kl_edited=token_kl(clean, edited).float().cpu(),
             next_tokens=_next_tokens(hooked, clean, edited, predictions),
@@ -171,7 +171,8 @@ def _logits(hooked: HookedSAEs, batch: Batch, program: Program) -> tuple[Tensor,
     return output.logits[0].float(), report
 
 
-def _losses(logits: Tensor, ids: Tensor) -> Tensor:
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """-log p of each token behind those before it, [S] float32 on the CPU, of logits [S, vocabulary]; NaN for the first."""
     losses = torch.full((len(ids),), torch.nan)
     if len(ids) > 1:
         wanted = ids[1:].to(logits.device)

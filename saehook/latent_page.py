@@ -67,9 +67,15 @@ def latent_page(card: LatentCard, scan: LatentScan | None = None, note: LatentNo
 
 def _contexts(title: str, contexts: Sequence[Context], largest: float) -> str:
     rows = "".join(
-        f'<div class="context">{strip_html(one.tokens, one.activations, largest, one.peak)}</div>' for one in contexts
+        f'<div class="context">{strip_html(one.tokens, one.activations, largest, one.peak)}{_change(one)}</div>'
+        for one in contexts
     )
     return f"<h2>{escape(title)}</h2>{rows}"
+
+
+def _change(context: Context) -> str:
+    mean = context.mean_change
+    return "" if mean is None else f"<small>loss when ablated {mean:+.4f} nats a token</small>"
 
 
 def _number(value: float | None, form: str = ".4g") -> str:

@@ -20,6 +20,10 @@ from saehook.sae import LatentStats
 
 SITES = ("layers.0.resid_post", "layers.1.mlp_out")
 SPECIAL = "<|end|>"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 HOSTILE = (
     "<img src=x onerror='window.PWN=1'><script>window.PWN=2</script>",
     "${Object.assign(window,{PWN:3})} {{value}} echo ${HOME}",
@@ -29,13 +33,15 @@ HOSTILE = (
 
 
 def byte_tokenizer() -> Any:
-    """One token per byte, and one special token."""
+    """One token per byte, and one special token; with a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {SPECIAL: 0} | {char: i + 1 for i, char in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL, eos_token=SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=SPECIAL, eos_token=SPECIAL, chat_template=TEMPLATE
+    )
 
 
 @functools.cache

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
+import functools
 import json
 import os
+import re
 import shlex
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -42,14 +47,14 @@ from saehook import (
 from saehook.app import Limits, build_app, serve
 from saehook.app.cancellable import Cancelled, Done, Progress, in_background
 from saehook.app.generate_tab import CHOSEN, on_stop
-from saehook.app.inspect_tab import COLOURS, next_value, strip_value, table_value
+from saehook.app.inspect_tab import COLOURS, Filter, next_value, strip_value, table_value
 from saehook.app.lane import lane_value, report_notes
 from saehook.app.lanes import run_lanes
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.page import PROMPTS
-from saehook.app.page_state import PageState
+from saehook.app.page_state import PageState, control_values
 from saehook.app.program_rows import editor_value, latent_row, problems_of, program_of, program_to_rows, with_row
-from saehook.app.reading import Reading, prompt_ids, read
+from saehook.app.reading import Reading, prompt_of, read
 from saehook.app.sampling import Sampling, sampling_of
 from saehook.app.shared import one_latent
 from saehook.app.snippet import edit_code, python_for, shell_for
@@ -57,6 +62,7 @@ from saehook.app.sweep_tab import Counting, numbers, plots_of, table_of
 from saehook.attribution import Logit
 from saehook.dashboards import latent_card
 from saehook.errors import ArgumentError, ContextLengthError, LatentError, SaehookError
+from saehook.hooked_model import lock_of
 from saehook.inspection import inspect_text
 from saehook.results import EditReport, Report
 from saehook.visible_text import one_line, visible, visible_token
@@ -191,9 +197,8 @@ def test_a_chosen_latent_becomes_a_row():
 
 def test_a_link_restores_the_page():
     program = editor_value(tiny(), LIMITS, Program(edits=[ablate(3, site=SITES[0])], error="drop"))
-    state = PageState(
-        tab="generate", prompt="<b>é\n", site=SITES[1], latent="7", program=program, temperature=0.5, seed=9
-    )
+    controls = {"prompt": "<b>é\n", "site": SITES[1], "latent": "7", "temperature": 0.5, "seed": 9}
+    state = PageState(tab="generate", program=program, tokens=[2, 4], controls=controls)
     back = PageState.from_link(state.to_link())
     assert back.to_data() == state.to_data()
     assert "sites" not in back.program, "a link says nothing about the model"
@@ -207,14 +212,56 @@ def test_a_link_restores_the_page():
         ("x" * 9000, "9000 characters; at most 8192"),
         (base64.urlsafe_b64encode(zlib.compress(b"0" * 10**6)).decode(), "more than 200000 characters"),
         (base64.urlsafe_b64encode(zlib.compress(b"[]")).decode(), "an object is expected"),
-        (base64.urlsafe_b64encode(zlib.compress(b'{"version": 1, "run": true}')).decode(), "unknown fields"),
-        (base64.urlsafe_b64encode(zlib.compress(b'{"version": 1, "seed": "x"}')).decode(), "seed is 'x'"),
-        (base64.urlsafe_b64encode(zlib.compress(b'{"version": 1, "tab": "x"}')).decode(), "tab is 'x'"),
+        (base64.urlsafe_b64encode(zlib.compress(b'{"version": 2, "run": true}')).decode(), "unknown fields"),
+        (base64.urlsafe_b64encode(zlib.compress(b'{"version": 2, "controls": "x"}')).decode(), "controls is 'x'"),
+        (base64.urlsafe_b64encode(zlib.compress(b'{"version": 1}')).decode(), "version 1; this page reads 2"),
+        (base64.urlsafe_b64encode(zlib.compress(b'{"version": 2, "tab": "x"}')).decode(), "tab is 'x'"),
     ],
 )
 def test_a_link_that_is_none_is_refused(code, message):
     with pytest.raises(SaehookError, match=message):
         PageState.from_link(code)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shell": "rm"}, "'shell', which this page does not have"),
+        ({"new-tokens": 351}, "“New tokens” is 351; expected: a number from 1 to 350"),
+        ({"temperature": float("nan")}, "a number from 0.05 to 2"),
+        ({"seed": True}, "“Seed” is True"),
+        ({"site": "elsewhere"}, "“Site” is 'elsewhere'; expected: of layers.0.resid_post, layers.1.mlp_out"),
+        ({"chosen-lanes": ["Base", "<b>"]}, "expected: of Base, Spliced"),
+        ({"chosen-lanes": "Base"}, "expected: of Base, Spliced"),
+        ({"sample": 1}, "expected: true or false"),
+        ({"prompt": 3}, "expected: a text"),
+        ({"prompt": "x" * 8001}, "8001 characters; this page allows 8000"),
+    ],
+)
+def test_a_link_sets_what_the_controls_take(given, message):
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        control_values(controls(), given)
+
+
+def test_a_link_may_leave_controls_as_they_are():
+    ids = [control.elem_id for control in controls()]
+    values = dict(zip(ids, control_values(controls(), {"seed": 3}), strict=True))
+    assert (values["seed"], values["new-tokens"], values["sort"]) == (3, 60, "activation")
+
+
+@functools.cache
+def controls() -> list[Any]:
+    """What a link may set: every control of the page but those of the panel that shows and takes programs, and notes."""
+    blocks = build_app(tiny(), limits=LIMITS)
+    kinds = (gr.Textbox, gr.Number, gr.Dropdown, gr.Checkbox, gr.Slider, gr.CheckboxGroup)
+    left_out = {"link", "program-json", "session", "session-page", "latent-page", "label", "notes"}
+    return [b for b in blocks.blocks.values() if isinstance(b, kinds) and b.elem_id not in left_out]
+
+
+def test_every_control_is_restored():
+    blocks = build_app(tiny(), limits=LIMITS)
+    (restore,) = [fn for fn in blocks.fns.values() if fn.name == "on_restore"]
+    assert {c.elem_id for c in controls()} <= {c.elem_id for c in restore.outputs}
 
 
 @pytest.mark.parametrize(
@@ -269,7 +316,7 @@ def test_limits_are_positive():
 )
 def test_prompts_are_checked(text, error, message):
     with pytest.raises(error, match=message):
-        prompt_ids(tiny(), text, LIMITS, 450)
+        prompt_of(tiny(), text, LIMITS, 450)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------------
@@ -277,14 +324,14 @@ def test_prompts_are_checked(text, error, message):
 
 def test_a_reading_is_what_the_library_says():
     text = f"ab{SPECIAL}c"
-    reading = read(tiny(), text, SITES[0], LIMITS)
+    reading = read(tiny(), prompt_of(tiny(), text, LIMITS), SITES[0])
     facts = inspect_text(tiny(), text, SITES[0])
     assert reading.facts.strongest(20) == facts.strongest(20)
     assert reading.tokens == ["a", "b", SPECIAL, "c"]
 
 
 def reading_of(*edits: Any) -> Reading:
-    return read(tiny(), PROMPT, SITES[0], LIMITS, Program(edits=edits))
+    return read(tiny(), prompt_of(tiny(), PROMPT, LIMITS), SITES[0], Program(edits=edits))
 
 
 def test_the_strip_is_coloured_by_the_latent():
@@ -329,7 +376,11 @@ def test_the_table_says_how_much_it_shows():
         abs(reading.facts.effects[r["key"]]) for r in table_value(reading, sae, None, sort="effect on the loss")["rows"]
     ]
     assert effects == sorted(effects, reverse=True)
-    assert table_value(reading, sae, None, dense=0.1)["rows"] == [], "all fire on 12.5 %"
+    assert table_value(reading, sae, None, keep=Filter(dense=0.1))["rows"] == [], "all fire on 12.5 %"
+    least = hits[4].activation
+    kept = table_value(reading, sae, None, keep=Filter(least=least))
+    assert [r["key"] for r in kept["rows"]] == [hit.latent for hit in hits[:5]]
+    assert kept["caption"].endswith(f"showing 5 of 5 that the filters keep, {n_active} fire")
     json.dumps([value, at, next_value(reading, None)])
 
 
@@ -345,14 +396,21 @@ def test_next_tokens_before_and_after():
 def test_a_sweep_is_shown_as_curves_and_texts():
     edit = steer(3, 1.0, site=SITES[0])
     result = tiny().sweep(PROMPT, edit, [-2.0, 4.0], seed=1, max_new_tokens=6, do_sample=True)
-    plots, table = plots_of(result, edit), table_of(result)
+    plots, table = plots_of([result], edit), table_of([result])
     assert plots["x"] == [-2.0, 4.0]
-    assert plots["panels"][1]["series"][0]["y"] == [row.kl for row in result.rows]
+    assert plots["panels"][2]["series"][0]["y"] == [row.kl for row in result.rows]
     assert [row["name"] for row in table["rows"]] == ["-2", "4", "unedited"]
     assert [row["cells"][-1] for row in table["rows"][:2]] == [
         one_line(visible(r.generation.text)) for r in result.rows
     ]
     json.dumps([plots, table], allow_nan=False)
+    other = tiny().sweep("abc", edit, [-2.0, 4.0], target=result.target, max_new_tokens=6, do_sample=False)
+    plots, table = plots_of([result, other], edit), table_of([result, other])
+    mean, first, second = (one["y"] for one in plots["panels"][2]["series"])
+    assert (first, second) == ([row.kl for row in result.rows], [row.kl for row in other.rows])
+    assert mean == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])
+    assert [row["key"] for row in table["rows"]] == [0, 1, 2, 0, 1, 2]
+    assert table["rows"][3]["cells"][-2:] == ["2", one_line(visible(other.rows[0].generation.text))]
 
 
 @pytest.mark.parametrize(
@@ -364,7 +422,7 @@ def test_strengths_are_checked(text, message):
 
 
 def test_a_sweep_that_is_left_frees_the_model():
-    ids = prompt_ids(tiny(), PROMPT, LIMITS)
+    ids = prompt_of(tiny(), PROMPT, LIMITS).ids
     before = tiny().generate(PROMPT, max_new_tokens=5, do_sample=False).text
 
     def work(progress: Progress) -> Any:
@@ -374,7 +432,7 @@ def test_a_sweep_that_is_left_frees_the_model():
     with contextlib.closing(in_background(work)) as parts:
         first = next(said for said in parts if said is not None)
         assert not isinstance(first, Done)
-        assert first > 0
+        assert int(first) > 0
     assert not any(thread.name == "saehook-work" for thread in threading.enumerate())
     assert tiny().generate(PROMPT, max_new_tokens=5, do_sample=False).text == before
 
@@ -413,9 +471,12 @@ def test_text_becomes_visible():
 # --- lanes ---------------------------------------------------------------------------------------------------------------
 
 
-def lanes_of(edits: Program, new_tokens: int = 8, chosen: Any = CHOSEN) -> list[list[dict]]:
+def lanes_of(
+    edits: Program, new_tokens: int = 8, chosen: Any = CHOSEN, limits: Limits = LIMITS, **prompts: Any
+) -> list[list[dict]]:
     sampling = Sampling(True, 0.9, new_tokens, 4)
-    return list(run_lanes(tiny(), prompt_ids(tiny(), PROMPT, LIMITS), edits, sampling, LIMITS, chosen))
+    text = prompts.pop("prompt", prompt_of(tiny(), PROMPT, LIMITS))
+    return list(run_lanes(tiny(), text, edits, sampling, limits, chosen, **prompts))
 
 
 def test_lanes_are_three_generations_with_one_seed():
@@ -435,6 +496,27 @@ def test_lanes_are_three_generations_with_one_seed():
     assert states[0] == ["running", "waiting", "waiting", "idle"]
     *_, lanes = lanes_of(edits, chosen=["Edited", "Control"])
     assert lanes[3]["notes"][0]["text"].endswith(lanes[2]["notes"][0]["text"].partition("dose")[2])
+
+
+def test_a_chat_is_continued_and_a_system_prompt_is_its_control():
+    chat, system = (prompt_of(tiny(), "hi", LIMITS, chat=True, system=text) for text in ("", "be kind"))
+    assert tiny().tokenizer.decode(chat.ids) == "[user]hi\n[assistant]"
+    assert tiny().tokenizer.decode(system.ids) == "[system]be kind\n[user]hi\n[assistant]"
+    *_, lanes = lanes_of(Program(), chosen=["Base", "Control"], prompt=chat, control=system)
+    arguments = {"max_new_tokens": 8, "do_sample": True, "temperature": 0.9, "seed": 4}
+    for lane, prompt_text in ((lanes[0], chat), (lanes[3], system)):
+        expected = tiny().generate(prompt_text.given, **arguments)
+        assert lane["text"] == visible(tiny().tokenizer.decode(expected.new_ids.tolist()))
+        assert lane["prompt"] == visible(tiny().tokenizer.decode(prompt_text.ids))
+    with pytest.raises(ArgumentError, match="123 tokens; this page allows 120"):
+        prompt_of(tiny(), "x" * 105, LIMITS, chat=True)
+
+
+def test_a_lane_ends_at_the_time_limit():
+    *_, lanes = lanes_of(Program(), 450, ["Base"], Limits(prompt_tokens=120, new_tokens=450, seconds=0.05))
+    assert re.search(
+        r"^\d+ tokens in [\d.]+ s, ended by the time limit of 0.05 s; 450 were asked for", lanes[0]["status"]
+    )
 
 
 def test_without_edits_the_third_lane_is_not_run():
@@ -681,21 +763,128 @@ def test_a_foreign_host_is_refused(url):
     assert get(url + "gradio_api/info", Host="evil.example") == 400
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "pyproject.toml", "..%2f..%2fetc/passwd"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd", "pyproject.toml", "..%2f..%2fetc/passwd", "%2e%2e/%2e%2e/etc/passwd", "file:///etc/passwd",
+        "/proc/self/environ", "a%00b", "%3Cimg%20src=x%20onerror=alert(1)%3E", "//etc/passwd", "~/.ssh/id_rsa",
+    ],
+)  # fmt: skip
 def test_no_files_are_served(url, path):
-    assert get(f"{url}gradio_api/file={path}") in {403, 404}
+    assert get(f"{url}gradio_api/file={path}") in {400, 403, 404}
 
 
-def test_nothing_large_can_be_uploaded(url):
-    body = (
-        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.safetensors"\r\n\r\n'
-        + b"0" * 5000
-        + b"\r\n--x--\r\n"
+def post(url: str, body: bytes, kind: str = "application/json") -> tuple[int, str]:
+    """The status of the answer, and what it says."""
+    request = urllib.request.Request(url, body, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize(
+    "name", ["a.safetensors", "../../../tmp/a.pt", "<img src=x onerror=alert(1)>.pkl", "a\\b\x00.json"]
+)
+def test_nothing_can_be_uploaded(url, name):
+    disposition = f'Content-Disposition: form-data; name="files"; filename="{name}"'.encode()
+    body = b"--x\r\n" + disposition + b"\r\n\r\n0\r\n--x--\r\n"
+    status, says = post(f"{url}gradio_api/upload", body, "multipart/form-data; boundary=x")
+    assert (status, json.loads(says)["detail"]) == (
+        413,
+        f"A file of {len(body)} bytes was sent; this page takes 0: it has no uploads.",
     )
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(urllib.request.Request(f"{url}gradio_api/upload", body, headers), timeout=20)
-    assert caught.value.code == 413
+
+
+def index_of(url: str, name: str) -> int:
+    """The number by which Gradio knows a function of the page."""
+    with urllib.request.urlopen(url + "config", timeout=20) as response:
+        (found,) = [d["id"] for d in json.load(response)["dependencies"] if d["api_name"] == name]
+    return found
+
+
+def joined(url: str, index: int, data: list[Any], session: str) -> tuple[int, str]:
+    """What is answered to a request for a function by its number."""
+    body = {"data": data, "fn_index": index, "session_hash": session, "event_data": None}
+    return post(f"{url}gradio_api/queue/join", json.dumps(body).encode())
+
+
+def completed(url: str, session: str) -> dict[str, Any]:
+    """The last thing that the server says about a request."""
+    with urllib.request.urlopen(f"{url}gradio_api/queue/data?session_hash={session}", timeout=20) as response:
+        for line in response:
+            if line.startswith(b"data:") and (said := json.loads(line[5:]))["msg"] == "process_completed":
+                return said
+    raise AssertionError("the server said nothing")
+
+
+def test_a_full_queue_says_how_full_it_is(url):
+    read_index = index_of(url, "read")
+    with lock_of(tiny().lm):  # the model is busy
+        answers = [joined(url, read_index, [PROMPT, SITES[0]], "waits")]
+        while answers[-1][0] == 200 and len(answers) < 20:
+            time.sleep(0.2)  # the first one is taken off the queue
+            answers.append(joined(url, read_index, [PROMPT, SITES[0]], "waits"))
+    assert LIMITS.queue <= len(answers) - 1 <= LIMITS.queue + 2
+    status, says = answers[-1]
+    assert status == 429
+    assert "4 requests wait for it, and this page lets 4 wait. Try again" in json.loads(says)["detail"]
+    assert completed(url, "waits")["success"]
+
+
+def test_a_function_asked_for_by_its_number_checks_what_it_gets(url):
+    """Gradio hides functions of the page from clients only."""
+    blocks = build_app(tiny(), limits=LIMITS)
+    (generate,) = [fn for fn in blocks.fns.values() if fn.name == "on_generate"]
+    values = {
+        "prompt": PROMPT,
+        "editor": {"rows": []},
+        "chat": False,
+        "chosen-lanes": ["Base"],
+        "control": "a random latent",
+    }
+    settings = {"sample": True, "temperature": 0.8, "top-p": 1.0, "seed": 0, "system": ""}
+    for new_tokens, says in ((10**6, "maximum value 350"), (0, "minimum value 1")):
+        given = values | settings | {"new-tokens": new_tokens}
+        data = [given[str(component.elem_id)] for component in generate.inputs]
+        assert joined(url, generate._id, data, f"n{new_tokens}")[0] == 200
+        answer = completed(url, f"n{new_tokens}")
+        assert not answer["success"]
+        assert says in answer["output"]["error"]
+        assert str(new_tokens) in answer["output"]["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [None, "<img src=x>${x}", {"a": [1]}, [[]], 1e308])
+def test_no_function_breaks_or_tells_what_it_should_not(url, client, value):
+    with urllib.request.urlopen(url + "config", timeout=20) as response:
+        dependencies = [d for d in json.load(response)["dependencies"] if d["backend_fn"]]
+    assert len(dependencies) > 40
+    for dependency in dependencies:
+        session = f"s{dependency['id']}"
+        status, says = joined(url, dependency["id"], [value] * len(dependency["inputs"]), session)
+        if status == 200:
+            says = str(completed(url, session)["output"].get("error"))
+        for secret in ("Traceback", "site-packages", str(Path.cwd()), str(Path.home())):
+            assert secret not in says, dependency
+    assert client.predict(PROMPT, SITES[0], api_name="/read")["tokens"] == list(PROMPT)
+
+
+def test_names_of_files_are_quoted_where_they_are_shown():
+    name = "it's \"\n<img src=x onerror=alert(1)>$(rm -r .)`x`"
+    where: dict[str, str] = {site: name for site in SITES}
+    code = python_for(tiny(), PROMPT, Program(), Sampling(False, 1.0, 5, 0), where)
+    assert name in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    command = shell_for(tiny(), PROMPT, Program(), Sampling(False, 1.0, 5, 0), where, chat=True).partition("\nEND\n")[2]
+    assert shlex.split(command).count(name) == 2
+    assert cli._parser().parse_args(shlex.split(command)[1:]).chat
+
+
+def test_mcp_needs_its_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mcp", None)
+    with pytest.raises(ArgumentError, match=r"pip install 'gradio\[mcp\]'"):
+        serve(tiny(), port=free_port(), mcp=True, block=False, quiet=True)
 
 
 def test_telemetry_is_off(url):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from app_fixtures import SITES, SPECIAL, tiny
 
-from saehook.dashboards import CONTEXT_TOKENS, bars, latent_card, scan_latent
+from saehook import ablate
+from saehook.dashboards import CONTEXT_TOKENS, ablate_contexts, bars, latent_card, scan_latent
 from saehook.errors import ArgumentError, LatentError, SiteError
 
 TEXTS = ["hello, world", "abc", f"the quick brown fox{SPECIAL}jumps", "zzzz", "lazy dogs, and so on and on and on"]
@@ -67,6 +68,28 @@ def test_a_scan_tells_how_far_it_is_and_can_be_left():
         next(scan_latent(tiny(), 96, TEXTS, SITES[0]))
     with pytest.raises(SiteError, match="several SAEs"):
         latent_card(tiny(), 3)
+
+
+def test_ablating_a_latent_on_its_contexts_is_what_the_loss_says():
+    texts = [f"{text} and then" for text in TEXTS]
+    row = tiny().latents(texts[0], SITES[0])
+    latent = row.top(1)[0].latent
+    *_, scan = scan_latent(tiny(), latent, texts, SITES[0], n_top=2, n_parts=1, n_sampled=1)
+    steps = list(ablate_contexts(tiny(), scan))
+    windows = {one.window for one in [*scan.top, *scan.sampled[0][2]]}
+    assert len(steps) == len(windows)
+    assert len(scan.top) > 1
+    assert steps[0].top[0].mean_change is not None
+    assert steps[0].top[1].mean_change is None
+    assert all(one.mean_change is not None for one in steps[-1].sampled[0][2])
+    for context in steps[-1].top:
+        ids = [*context.before, *context.ids]
+        losses = [tiny().loss(ids, edits) for edits in (ablate(latent, site=SITES[0]), ())]
+        known = [one for one in context.loss_change or () if one is not None]
+        if not context.before:
+            assert context.mean_change == pytest.approx(losses[0] - losses[1], abs=1e-5)
+        assert len(known) == len(context.ids) - (not context.before), "nothing predicts the first token of a window"
+    json.dumps(steps[-1].to_data(), allow_nan=False)
 
 
 def test_bars_are_as_wide_as_each_other_in_the_logarithm():

@@ -9,7 +9,7 @@ import torch
 
 from saehook.app.limits import Limits
 from saehook.app.messages import told_to_the_visitor
-from saehook.app.reading import prompt_ids
+from saehook.app.reading import prompt_of
 from saehook.app.shared import ON_MODEL, QUIET, Shared, whole
 from saehook.app.table import empty_table, make_table
 from saehook.attribution import Attribution, LatentEffect, Logit
@@ -63,18 +63,19 @@ class AttributionTab:
             self.down = make_table(
                 empty_table(""), label="Latents that lower it", elem_id="attribution-down", min_width=300
             )
+        shared.controls += [token, minus, method]
         found = gr.State(None)
         run.click(
-            self.on_attribute, [shared.prompt, token, minus, method], [self.up, self.down, found], api_visibility="private",
-            show_progress="minimal", show_progress_on=self.up, **ON_MODEL,
+            self.on_attribute, [shared.prompt, shared.chat, token, minus, method], [self.up, self.down, found],
+            api_visibility="private", show_progress="minimal", show_progress_on=self.up, **ON_MODEL,
         )  # fmt: skip
         for number, table in enumerate((self.up, self.down)):
             table.select(_chooser(number), found, [shared.site, shared.latent], **QUIET)
 
-    def on_attribute(self, prompt: str, token: Any, minus: Any, method: str) -> tuple[Any, Any, Any]:
+    def on_attribute(self, prompt: str, chat: Any, token: Any, minus: Any, method: str) -> tuple[Any, Any, Any]:
         """Both tables, and where their latents are."""
         with told_to_the_visitor():
-            name, result = attribute(self.shared.hooked, prompt, token, minus, method, self.shared.limits)
+            name, result = attribute(self.shared.hooked, prompt, token, minus, method, self.shared.limits, bool(chat))
             sides = [result.top(SHOWN, sign=sign) for sign in (1, -1)]
             largest = max((abs(one.effect) for side in sides for one in side), default=1.0)
             up, down = (
@@ -85,7 +86,7 @@ class AttributionTab:
 
 
 def attribute(
-    hooked: HookedSAEs, prompt: str, token: Any, minus: Any, method: str, limits: Limits
+    hooked: HookedSAEs, prompt: str, token: Any, minus: Any, method: str, limits: Limits, chat: bool = False
 ) -> tuple[str, Attribution]:
     """The effects on a logit behind the prompt, and that logit in words.
 
@@ -96,20 +97,20 @@ def attribute(
     Raises:
         SaehookError: no such token or method, or a prompt that is too long.
     """
-    ids = prompt_ids(hooked, prompt, limits)
+    text = prompt_of(hooked, prompt, limits, chat=chat)
     if method not in METHODS:
         raise ArgumentError(f"There is no method {method!r}; expected one of {', '.join(METHODS)}.")
-    if "exact" in METHODS[method] and len(ids) > limits.exact_tokens:
+    if "exact" in METHODS[method] and len(text.ids) > limits.exact_tokens:
         raise ArgumentError(
-            f"The prompt has {len(ids)} tokens; this page attributes up to {limits.exact_tokens} exactly. Shorten it, or take "
+            f"The prompt has {len(text.ids)} tokens; this page attributes up to {limits.exact_tokens} exactly. Shorten it, or take "
             "the integral."
         )
     wanted: int | str = str(token)
     if not token:
         with torch.no_grad():
-            wanted = int(hooked(ids).logits[0, -1].argmax())
+            wanted = int(hooked(text.given).logits[0, -1].argmax())
     result = hooked.attribute(
-        ids, Logit(wanted, minus=str(minus) if minus else None), by_token=False, **METHODS[method]
+        text.given, Logit(wanted, minus=str(minus) if minus else None), by_token=False, **METHODS[method]
     )
     name = visible_token(hooked.tokenizer, wanted) if isinstance(wanted, int) else visible(wanted)
     return f"“{one_line(name)}”" + (f" − “{one_line(visible(str(minus)))}”" if minus else ""), result

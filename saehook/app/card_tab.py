@@ -8,12 +8,12 @@ from typing import Any
 
 import gradio as gr
 
+from saehook.app.latent_tab import density_plot
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.plots import make_plots, panel, plots_value
 from saehook.app.shared import TOLD, Shared
 from saehook.app.table import empty_table, make_table
 from saehook.charts import human
-from saehook.dashboards import bars
 from saehook.errors import FileError
 from saehook.metrics_log import METRICS
 from saehook.reports import read_log
@@ -74,18 +74,6 @@ def card_table(site: str, sae: SAE) -> dict[str, Any]:
         for i, (name, value) in enumerate(facts)
     ]
     return {"caption": f"SAE at {site}", "plain": True, "columns": ["fact", "value"], "rows": rows}
-
-
-def density_plot(sae: SAE) -> dict[str, Any]:
-    """A histogram of the shares of tokens on which latents fire."""
-    if sae.stats is None:
-        return {"panels": []}
-    density = sae.stats.density.float().cpu()
-    found = bars(density[density > 0])
-    title = f"How often latents fire: {int((density == 0).sum()):,} of {len(density):,} never did"
-    counts = panel(title, {"latents": [bar.tokens for bar in found]}, zero=True, bars=True, logarithmic=True)
-    x = [math.sqrt(bar.low * bar.high) for bar in found]
-    return plots_value(x, [counts] if x else [], what="share of tokens", below="share of tokens (logarithmic)")
 
 
 def curve_plots(sae: SAE) -> dict[str, Any]:

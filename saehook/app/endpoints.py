@@ -14,7 +14,7 @@ from saehook.app.lanes import stream_program
 from saehook.app.limits import Limits
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.program_rows import MAX_CHARS, check_program
-from saehook.app.reading import SHOWN, prompt_ids, read
+from saehook.app.reading import SHOWN, prompt_of, read
 from saehook.app.sampling import sampling_of
 from saehook.app.sweep_tab import numbers
 from saehook.dashboards import latent_card
@@ -73,7 +73,7 @@ class _Endpoints:
             prompt: the text.
             site: where the SAE is attached; "" where only one is.
         """
-        reading = read(self.hooked, prompt, site or None, self.limits)
+        reading = read(self.hooked, prompt_of(self.hooked, prompt, self.limits), site or None)
         facts = reading.facts
         top, n_active = facts.strongest(SHOWN)
         return {
@@ -93,8 +93,8 @@ class _Endpoints:
             site: where the SAE is attached; "" where only one is.
             program: what `Program.to_json()` writes; "" edits nothing.
         """
-        parsed = self._program(program, len(prompt_ids(self.hooked, prompt, self.limits)))
-        reading = read(self.hooked, prompt, site or None, self.limits, parsed)
+        text = prompt_of(self.hooked, prompt, self.limits)
+        reading = read(self.hooked, text, site or None, self._program(program, len(text.ids)))
         names = ("l0", "error", "loss", "loss_spliced", "loss_edited", "kl_spliced", "kl_edited")
         numbers_of = {name: [_finite(v) for v in getattr(reading.facts, name).tolist()] for name in names}
         next_tokens = [token._asdict() for token in reading.facts.next_tokens[-1]]
@@ -109,6 +109,7 @@ class _Endpoints:
         temperature: float = 0.8,
         seed: int = 0,
         top_p: float = 1.0,
+        chat: bool = False,
     ) -> Iterator[dict]:
         """Continue a text under a program: the text so far, again and again.
 
@@ -120,11 +121,12 @@ class _Endpoints:
             temperature: of the distribution.
             seed: of the random numbers.
             top_p: only the likeliest tokens that together have this probability.
+            chat: the prompt is a user's message, put into the model's chat template.
         """
         sampling = sampling_of(sample, temperature, max_new_tokens, seed, self.limits, top_p)
-        ids = prompt_ids(self.hooked, prompt, self.limits, sampling.new_tokens)
-        parsed = self._program(program, len(ids))
-        with contextlib.closing(stream_program(self.hooked, ids, parsed, sampling, self.limits)) as parts:
+        text = prompt_of(self.hooked, prompt, self.limits, sampling.new_tokens, chat=chat)
+        parsed = self._program(program, len(text.ids))
+        with contextlib.closing(stream_program(self.hooked, text, parsed, sampling, self.limits)) as parts:
             for part in parts:
                 report = None if part.generation is None else part.generation.report.to_data()
                 yield {"text": part.text, "tokens": len(part.new_ids), "done": report is not None, "report": report}
@@ -143,7 +145,7 @@ class _Endpoints:
             seed: of the random numbers.
         """
         sampling = sampling_of(False, 1.0, max_new_tokens, seed, self.limits)
-        ids = prompt_ids(self.hooked, prompt, self.limits, sampling.new_tokens)
+        ids = prompt_of(self.hooked, prompt, self.limits, sampling.new_tokens).ids
         parsed = self._program(program, len(ids))
         if len(parsed.edits) != 1:
             raise ArgumentError(f"The program has {len(parsed.edits)} edits; one is swept at a time.")
@@ -195,7 +197,7 @@ class _Endpoints:
             there: the second.
             site: where the SAE is attached; "" where only one is.
         """
-        ids, other = (prompt_ids(self.hooked, text, self.limits) for text in (here, there))
+        ids, other = (prompt_of(self.hooked, text, self.limits).ids for text in (here, there))
         return [one._asdict() for one in latents_here_not_there(self.hooked, ids, other, site or None, SHOWN)]
 
     def _program(self, text: str, n_prompt: int) -> Program:

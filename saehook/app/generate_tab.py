@@ -12,7 +12,7 @@ from saehook.app.lane import make_lane
 from saehook.app.lanes import LANES, run_lanes
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.program_rows import program_of
-from saehook.app.reading import prompt_ids
+from saehook.app.reading import prompt_of
 from saehook.app.sampling import MAX_TEMPERATURE, sampling_of
 from saehook.app.shared import ON_MODEL, QUIET, Shared
 from saehook.errors import ArgumentError
@@ -21,9 +21,11 @@ LOOKS = {
     "Base": ("The model as it is.", "#7a7a85"),
     "Spliced": ("With the SAE's reconstruction put in, without edits.", "#1A85FF"),
     "Edited": ("The model under your edits.", "#D41159"),
-    "Control": ("A random latent added, as large as your edits.", "#8a7a00"),
+    "Control": ("A random latent, as large as your edits, or a system prompt.", "#8a7a00"),
 }
 CHOSEN = [*LANES[:3]]
+CONTROLS = ("a random latent", "a system prompt")
+SYSTEM = "You are a pirate. Talk like one."
 
 
 class GenerateTab:
@@ -56,8 +58,19 @@ class GenerateTab:
         chosen = gr.CheckboxGroup(
             [*LANES], value=CHOSEN, label="Lanes", info="one after another, with the same noise", elem_id="chosen-lanes"
         )
+        with gr.Row(visible=shared.has_template):
+            control = gr.Dropdown(
+                list(CONTROLS), value=CONTROLS[0], label="Control lane", info="what the edits are compared with", scale=1,
+                elem_id="control",
+            )  # fmt: skip
+            system = gr.Textbox(
+                SYSTEM, label="System prompt of the control lane", max_lines=4, max_length=limits.prompt_chars, scale=3,
+                visible=False, elem_id="system",
+            )  # fmt: skip
+        control.change(lambda name: gr.update(visible=name == CONTROLS[1]), control, system, **QUIET)
         self.sampling = [sample, temperature, top_p, new_tokens, seed]
-        self.settings = [*self.sampling, chosen]
+        self.settings = [shared.chat, *self.sampling, chosen, control, system]
+        shared.controls += [*self.sampling, chosen, control, system]
         sample.change(
             lambda on: [gr.update(interactive=on)] * 3, sample, [temperature, top_p, seed], **QUIET,
         )  # fmt: skip
@@ -80,23 +93,37 @@ class GenerateTab:
         self,
         prompt: str,
         value: Any,
+        chat: Any,
         sample: Any,
         temperature: Any,
         top_p: Any,
         new_tokens: Any,
         seed: Any,
         chosen: Any,
+        control: Any,
+        system: Any,
     ) -> Iterator[list[Any]]:
         """All lanes, streamed; everything is checked before the first one starts."""
         shared = self.shared
         with told_to_the_visitor():
             sampling = sampling_of(sample, temperature, new_tokens, seed, shared.limits, top_p)
-            ids = prompt_ids(shared.hooked, prompt, shared.limits, sampling.new_tokens)
+            text = prompt_of(shared.hooked, prompt, shared.limits, sampling.new_tokens, chat=bool(chat))
             names = [name for name in LANES if isinstance(chosen, list) and name in chosen]
             if not names:
                 raise ArgumentError("No lane is chosen. Choose at least one.")
-            program = program_of(shared.hooked, value, shared.limits, len(ids))
-            with contextlib.closing(run_lanes(shared.hooked, ids, program, sampling, shared.limits, names)) as lanes:
+            program = program_of(shared.hooked, value, shared.limits, len(text.ids))
+            other = None
+            if control == CONTROLS[1] and "Control" in names:
+                if not chat or not system:
+                    raise ArgumentError(
+                        "A system prompt needs some text, and the chat template. Write one and switch on “As a chat message”, "
+                        f"or take {CONTROLS[0]} as control."
+                    )
+                other = prompt_of(
+                    shared.hooked, prompt, shared.limits, sampling.new_tokens, chat=True, system=str(system)
+                )
+            lanes = run_lanes(shared.hooked, text, program, sampling, shared.limits, names, other)
+            with contextlib.closing(lanes):
                 yield from lanes
 
 

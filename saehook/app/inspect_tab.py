@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.program_rows import program_of
-from saehook.app.reading import SHOWN, Reading, prompt_ids, read
+from saehook.app.reading import SHOWN, Reading, prompt_of, read
 from saehook.app.shared import ON_MODEL, QUIET, Shared, on_table_select, one_latent, whole
 from saehook.app.table import empty_table, make_table
 from saehook.app.token_strip import NO_TOKENS, make_strip
 from saehook.errors import SaehookError
 from saehook.inspection import Inspection
+from saehook.latent_notes import LatentNote, read_notes
 from saehook.sae import SAE
 from saehook.visible_text import one_line, visible
 
 HELP = """
 The tokens are coloured by the chosen latent: the bluer, the stronger it fires. Click a token (or go to it with the arrow keys and
 press Enter) for the latents of that token, with Shift for all up to it, and again for the whole text; choose a row of the table to
-colour the tokens by its latent.
+colour the tokens by its latent. “Loss without it” is how much the text's mean loss would grow if the latent were ablated, to first
+order.
 """
 COLOURS = {
     "chosen latent": "",
@@ -43,6 +46,24 @@ Span = tuple[int, int] | None
 """Chosen tokens, from the first to before the second."""
 
 
+@dataclass(frozen=True)
+class Filter:
+    """Which latents the table leaves out."""
+
+    dense: float = 1.0
+    """Those that fire on a larger share of tokens."""
+    least: float = 0.0
+    """Those that are never as strong in the text."""
+    words: str = ""
+    """Those whose label lacks one of the words."""
+
+    def passes(self, activation: float, density: float, label: str) -> bool:
+        """Whether a latent stays."""
+        wanted = self.words.casefold().split()
+        fits = all(word in label.casefold() for word in wanted)
+        return density <= self.dense and activation >= self.least and fits
+
+
 class InspectTab:
     """The tab, and what happens in it."""
 
@@ -56,51 +77,59 @@ class InspectTab:
         gr.Markdown(HELP, elem_id="help")
         with gr.Row(elem_classes="bottom"):
             sort = gr.Dropdown(list(SORTS), value="activation", label="Latents by", elem_id="sort", min_width=130)
-            dense = gr.Slider(
-                0, 100, 100, step=0.5, label="Leave out those that fire on more than, %", elem_id="dense", min_width=160
+            dense = gr.Slider(0, 100, 100, step=0.5, label="Fires on at most, %", elem_id="dense", min_width=160)
+            least = gr.Number(0, label="Active from", minimum=0, elem_id="least", min_width=90)
+            words = gr.Textbox(
+                "", label="With a label like", max_lines=1, max_length=60, elem_id="label-words", min_width=130
             )
         self.table = make_table(empty_table(UNREAD), label="Strongest latents", elem_id="table")
         self.next = make_table(empty_table(UNREAD), label="Next tokens", elem_id="next")
-        self.span = gr.State(None)
-        self.view = [shared.latent, self.span, colour, numbers, sort, dense, shared.site]
+        controls = [colour, numbers, sort, dense, least, words]
+        shared.controls += controls
+        self.view = [shared.latent, shared.span, shared.site, *controls]
         self.shown = [self.strip, self.table, self.next]
         state = [shared.reading, *self.view]
-        controls = [control.change for control in (shared.latent, colour, numbers, sort)]
-        gr.on([*controls, dense.release], self.show, state, self.shown, **QUIET)
+        changes = [control.change for control in (shared.latent, colour, numbers, sort, least, words)]
+        gr.on([*changes, dense.release], self.show, state, self.shown, **QUIET)
         self.table.select(on_table_select, None, shared.latent, **QUIET)
-        self.strip.select(self.on_strip_select, state, [self.span, *self.shown], **QUIET)
+        self.strip.select(self.on_strip_select, state, [shared.span, *self.shown], **QUIET)
 
     def reads_on(self, triggers: list[Any]) -> None:
         """Read the prompt when one of these happens."""
         shared = self.shared
         gr.on(
-            triggers, self.on_read, [shared.prompt, shared.site, shared.editor, *self.view],
-            [shared.reading, self.span, shared.latent, *self.shown],
+            triggers, self.on_read, [shared.reading, shared.prompt, shared.chat, shared.editor, *self.view],
+            [shared.reading, shared.span, shared.latent, *self.shown],
             api_visibility="private", show_progress="minimal", show_progress_on=self.table, **ON_MODEL,
         )  # fmt: skip
 
     def start(self, prompt: str) -> None:
         """The page opens with a text that has been read."""
         shared = self.shared
-        reading, _, latent, *shown = self.on_read(prompt, shared.hooked.sites[0], {"rows": []}, "", None)
+        reading, _, latent, *shown = self.on_read(None, prompt, False, {"rows": []}, "", None, shared.hooked.sites[0])
         shared.reading.value, shared.latent.value = reading, latent
         for component, value in zip(self.shown, shown, strict=True):
             component.value = value
 
-    def on_read(self, prompt: str, site: str, value: Any, chosen: str, span: Span, *view: Any) -> tuple[Any, ...]:
-        """A text is read, and coloured by its strongest latent."""
+    def on_read(
+        self, before: Reading | None, prompt: str, chat: Any, value: Any, chosen: str, span: Span, site: str, *view: Any
+    ) -> tuple[Any, ...]:
+        """A text is read, and coloured by its strongest latent; the first time by that which a link has chosen."""
         shared = self.shared
         with told_to_the_visitor():
-            n_prompt = len(prompt_ids(shared.hooked, prompt, shared.limits))
-            program = program_of(shared.hooked, value, shared.limits, n_prompt)
-            reading = read(shared.hooked, prompt, site, shared.limits, program)
-            top, _ = reading.facts.strongest(1)
-            latent = str(top[0].latent) if top else ""
-            return reading, None, latent, *self.show(reading, latent, None, *view)
+            text = prompt_of(shared.hooked, prompt, shared.limits, chat=bool(chat))
+            program = program_of(shared.hooked, value, shared.limits, len(text.ids))
+            reading = read(shared.hooked, text, site, program)
+            if before is None and chosen:
+                latent, span = chosen, _within(span, len(text.ids))
+            else:
+                top, _ = reading.facts.strongest(1)
+                latent, span = str(top[0].latent) if top else "", None
+            return reading, span, latent, *self.show(reading, latent, span, site, *view)
 
     def show(
-        self, reading: Reading | None, chosen: str, span: Span, colour: str = "", numbers: bool = False,
-        sort: str = "activation", dense: float = 100, site: str = "",
+        self, reading: Reading | None, chosen: str, span: Span, site: str = "", colour: str = "", numbers: bool = False,
+        sort: str = "activation", dense: float | None = 100, least: float | None = 0, words: str = "",
     ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Values of the strip and the tables."""
         if reading is None:  # not read yet, or forgotten: the page was open for long
@@ -121,14 +150,13 @@ class InspectTab:
         strip = strip_value(reading, latent, span, COLOURS.get(colour, ""), colour, bool(numbers))
         if problem and chosen and not COLOURS.get(colour):
             strip["legend"] = problem
-        table = table_value(
-            reading, sae, latent, span, sort if sort in SORTS else "activation", float(dense or 0) / 100
-        )
+        keep = Filter(float(dense or 0) / 100, float(least or 0), str(words or ""))
+        table = table_value(reading, sae, latent, span, sort if sort in SORTS else "activation", keep)
         return strip, table, next_value(reading, span)
 
     def on_strip_select(
-        self, reading: Reading | None, chosen: str, span: Span, colour: str, numbers: bool, sort: str, dense: float, site: str,
-        event: gr.EventData,
+        self, reading: Reading | None, chosen: str, span: Span, site: str, colour: str, numbers: bool, sort: str,
+        dense: float | None, least: float | None, words: str, event: gr.EventData,
     ) -> tuple[Any, ...]:  # fmt: skip
         """A token is chosen, and its latents are listed; with Shift, all from the one before; the same token again: none."""
         chosen_tokens = [whole(event, name) for name in ("index", "anchor")]
@@ -138,7 +166,7 @@ class InspectTab:
         new = (min(places), max(places) + 1)
         if span and tuple(span) == new and new[1] - new[0] == 1:
             new = None
-        return new, *self.show(reading, chosen, new, colour, numbers, sort, dense, site)
+        return new, *self.show(reading, chosen, new, site, colour, numbers, sort, dense, least, words)
 
 
 def strip_value(
@@ -184,13 +212,17 @@ def _measured(facts: Inspection, latent: int | None, measure: str, name: str) ->
 
 
 def table_value(
-    reading: Reading, sae: SAE, latent: int | None, span: Span = None, sort: str = "activation", dense: float = 1.0
+    reading: Reading,
+    sae: SAE,
+    latent: int | None,
+    span: Span = None,
+    sort: str = "activation",
+    keep: Filter = Filter(),  # noqa: B008
 ) -> dict[str, Any]:
     """The strongest latents of a reading, or of its tokens in `span`.
 
     Args:
         sort: one of `SORTS`.
-        dense: latents that fire on a larger share of tokens are left out.
     """
     facts = reading.facts
     start, stop = span or (0, len(facts.ids))
@@ -200,7 +232,10 @@ def table_value(
         (hit, facts.effects.get(hit.latent, math.nan), 0.0 if density is None else float(density[hit.latent]))
         for hit in hits
     ]
-    found = sorted((row for row in found if row[2] <= dense), key=SORTS[sort])[:SHOWN]
+    labels, trouble = _labels(sae)
+    found = [row for row in found if keep.passes(row[0].activation, row[2], labels.get(row[0].latent, ""))]
+    passed = len(found)
+    found = sorted(found, key=SORTS[sort])[:SHOWN]
     one = span is not None and stop - start == 1
     if span is None:
         what = "Strongest latents of the text"
@@ -211,7 +246,7 @@ def table_value(
         what = f"Strongest latents of tokens {start} to {stop - 1}"
     columns = ["latent", *(["activation"] if one else ["largest activation", "on token"])]
     columns += [] if sae.stats is None else ["recorded max", "fires on"]
-    columns.append("loss without it")
+    columns += ["loss without it", "label"]
     largest = max((row[0].activation for row in found), default=1.0)
     rows = []
     for hit, effect, share in found:
@@ -220,11 +255,27 @@ def table_value(
             cells.append(f"{one_line(reading.tokens[hit.position])}  ({hit.position})")
         if sae.stats is not None:
             cells += [f"{float(sae.stats.max_act[hit.latent]):.3g}", f"{share:.2%}"]
-        cells.append(f"{effect:+.4f}" if math.isfinite(effect) else "–")
+        cells += [f"{effect:+.4f}" if math.isfinite(effect) else "–", labels.get(hit.latent, "")]
         rows.append(
             {"key": hit.latent, "cells": cells, "share": hit.activation / largest, "selected": hit.latent == latent}
         )
-    return {"caption": f"{what} · showing {len(rows)} of {active} that fire", "columns": columns, "rows": rows}
+    of = f"{active} that fire" if passed == active else f"{passed} that the filters keep, {active} fire"
+    return {"caption": f"{what} · showing {len(rows)} of {of}{trouble}", "columns": columns, "rows": rows}
+
+
+def _labels(sae: SAE) -> tuple[dict[int, str], str]:
+    """What the latents are called, and why that cannot be read."""
+    try:
+        notes: dict[int, LatentNote] = read_notes(sae)
+    except SaehookError as problem:
+        return {}, f" · no labels: {problem}"
+    return {latent: one_line(visible(note.label)) for latent, note in notes.items()}, ""
+
+
+def _within(span: Any, n: int) -> Span:
+    """Chosen tokens of a text with n of them, as a link says; None where it has not so many."""
+    fits = isinstance(span, (list, tuple)) and len(span) == 2 and all(type(place) is int for place in span)
+    return (span[0], span[1]) if fits and 0 <= span[0] < span[1] <= n else None
 
 
 def next_value(reading: Reading, span: Span) -> dict[str, Any]:

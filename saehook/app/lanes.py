@@ -9,6 +9,7 @@ from typing import Any
 
 from saehook.app.lane import lane_value, report_notes
 from saehook.app.limits import Limits
+from saehook.app.reading import Prompt
 from saehook.app.sampling import Sampling
 from saehook.continuation import control_program, judge
 from saehook.errors import ArgumentError
@@ -27,16 +28,20 @@ SECONDS_BETWEEN_UPDATES = 0.1
 
 def run_lanes(
     hooked: HookedSAEs,
-    ids: Sequence[int],
+    prompt: Prompt,
     program: Program,
     sampling: Sampling,
     limits: Limits,
     chosen: Sequence[str] = (*LANES[:3],),
+    control: Prompt | None = None,
 ) -> Generator[list[dict[str, Any]], None, None]:
-    """Values of all `LANES`, again and again until those that are chosen are done."""
-    prompt = visible(hooked.tokenizer.decode(list(ids)))
+    """Values of all `LANES`, again and again until those that are chosen are done.
+
+    Args:
+        control: what the control lane continues, unedited; None: the prompt, under `control_program`.
+    """
     lanes = [
-        lane_value(prompt, status="waits for its turn", state="waiting")
+        lane_value(visible(hooked.tokenizer.decode(prompt.ids)), status="waits for its turn", state="waiting")
         if name in chosen
         else lane_value(status=UNCHOSEN)
         for name in LANES
@@ -45,14 +50,15 @@ def run_lanes(
     for i, name in enumerate(LANES):
         if name not in chosen:
             continue
+        own = control if name == "Control" and control is not None else prompt
         try:
-            lane_program = _program(hooked, name, program, ended, sampling.seed)
+            lane_program = Program() if own is not prompt else _program(hooked, name, program, ended, sampling.seed)
         except ArgumentError as problem:
             lanes[i] = lane_value(status=str(problem))
             yield list(lanes)
             continue
         with contextlib.closing(
-            run_lane(hooked, prompt, ids, lane_program, sampling, limits, ended.get("Base"))
+            run_lane(hooked, own, lane_program, sampling, limits, prompt.ids, ended.get("Base"))
         ) as values:
             for value in values:
                 if isinstance(value, Generation):
@@ -79,35 +85,39 @@ def _program(hooked: HookedSAEs, lane: str, program: Program, ended: Mapping[str
 
 def run_lane(
     hooked: HookedSAEs,
-    prompt: str,
-    ids: Sequence[int],
+    prompt: Prompt,
     program: Program,
     sampling: Sampling,
     limits: Limits,
+    judged_behind: Sequence[int],
     base: Generation | None,
 ) -> Generator[dict[str, Any] | Generation, None, None]:
-    """Values of one lane while the model writes, about ten a second, and last what it wrote."""
-    yield lane_value(prompt, status=f"0 of {sampling.new_tokens} tokens", state="running")
+    """Values of one lane while the model writes, about ten a second, and last what it wrote.
+
+    Args:
+        judged_behind: the ids behind which the unedited model judges the text, the same for all lanes.
+    """
+    text = visible(hooked.tokenizer.decode(prompt.ids))
+    yield lane_value(text, status=f"0 of {sampling.new_tokens} tokens", state="running")
     began = shown = time.monotonic()
-    with contextlib.closing(stream_program(hooked, ids, program, sampling, limits)) as parts:
+    with contextlib.closing(stream_program(hooked, prompt, program, sampling, limits)) as parts:
         for part in parts:
             now = time.monotonic()
             if part.generation is not None:
-                yield _finished(hooked, prompt, part, sampling, now - began, limits, _judged(hooked, ids, part, base))
+                judged = _judged(hooked, judged_behind, part, base)
+                yield _finished(hooked, text, part, sampling, now - began, limits, judged)
                 yield part.generation
             elif now - shown >= SECONDS_BETWEEN_UPDATES:
                 shown = now
                 status = f"{len(part.new_ids)} of {sampling.new_tokens} tokens"
-                yield lane_value(prompt, visible(_text(hooked, part.new_ids)), status=status, state="running")
+                yield lane_value(text, visible(_text(hooked, part.new_ids)), status=status, state="running")
 
 
 def stream_program(
-    hooked: HookedSAEs, ids: Sequence[int], program: Program, sampling: Sampling, limits: Limits
+    hooked: HookedSAEs, prompt: Prompt, program: Program, sampling: Sampling, limits: Limits
 ) -> Generator[Streamed, None, None]:
     """`stream` under a program, within the page's time."""
-    return stream(
-        hooked, list(ids), edits=program, max_time=limits.seconds, **sampling.arguments(),
-    )  # fmt: skip
+    return stream(hooked, prompt.given, edits=program, max_time=limits.seconds, **sampling.arguments())
 
 
 def _finished(
@@ -121,7 +131,7 @@ def _finished(
     if end:
         status += ", ended by the model"
     elif len(part.new_ids) < sampling.new_tokens:
-        status += f", ended by the time limit of {limits.seconds:g} s"
+        status += f", ended by the time limit of {limits.seconds:g} s; {sampling.new_tokens} were asked for"
     status += judged
     notes = report_notes(part.generation.report)
     text = visible(hooked.tokenizer.decode(list(new_ids)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,23 +11,25 @@ from typing import Any
 import gradio as gr
 
 from saehook.app.contexts import group, make_contexts
+from saehook.app.downloads import download_page
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.plots import make_plots, panel, plots_value
-from saehook.app.session_page import download
 from saehook.app.shared import ON_MODEL, QUIET, TOLD, Shared, on_table_select, one_latent
 from saehook.app.table import empty_table, make_table
 from saehook.corpus import held_out_files, read_documents
-from saehook.dashboards import LatentCard, LatentScan, TokenWeight, latent_card, scan_latent
+from saehook.dashboards import LatentCard, LatentScan, TokenWeight, ablate_contexts, bars, latent_card, scan_latent
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 from saehook.latent_notes import LatentNote, read_notes, write_note
 from saehook.latent_page import latent_page
+from saehook.sae import SAE
 from saehook.tokenization import window_size, windows
 from saehook.visible_text import one_line, visible
 
 HELP = """
 **Show** reads the chosen latent's facts off the SAE. **Scan** runs text through the model and keeps where the latent fires: the
-strongest places, and some from each fifth of its range, since the strongest alone may mislead.
+strongest places, and some from each fifth of its range, since the strongest alone may mislead. **Ablate on these** runs them again
+without the latent, and says how much their loss grows.
 """
 HELD_OUT = "held-out Python modules of this machine"
 PROMPT = "the prompt, line by line"
@@ -36,26 +39,32 @@ NOT_YET = "Press Show."
 class LatentTab:
     """The tab, and what happens in it."""
 
-    def __init__(self, shared: Shared) -> None:
-        """Its controls, inside the tab that is open."""
+    def __init__(self, shared: Shared, tab: gr.Tab) -> None:
+        """Its controls, inside `tab`, which is open."""
         self.shared = shared
         gr.Markdown(HELP, elem_id="latent-help")
         with gr.Row(elem_classes="bottom"):
-            show = gr.Button("Show", variant="primary", elem_id="show-latent", min_width=90)
             text = gr.Dropdown(
-                [HELD_OUT, PROMPT], value=HELD_OUT, label="Text to scan", elem_id="scan-text", min_width=200
+                [HELD_OUT, PROMPT], value=HELD_OUT, label="Text to scan", elem_id="scan-text", min_width=280, scale=3
             )
             tokens = gr.Number(
                 min(20_000, shared.limits.scan_tokens), label="Tokens", precision=0, minimum=100,
                 maximum=shared.limits.scan_tokens, elem_id="scan-tokens", min_width=100,
             )  # fmt: skip
-            scan = gr.Button("Scan", elem_id="scan", min_width=80)
-            stop = gr.Button("Stop", variant="stop", elem_id="scan-stop", min_width=80)
+        with gr.Row():
+            show = gr.Button("Show", variant="primary", elem_id="show-latent", min_width=90)
+            scan = gr.Button("Scan", elem_id="scan", min_width=90)
+            ablated = gr.Button("Ablate on these", elem_id="ablate-examples", min_width=150)
+            stop = gr.Button("Stop", variant="stop", elem_id="scan-stop", min_width=90)
+        shared.controls += [text, tokens]
         self.facts = make_table(empty_table(NOT_YET), label="Facts about the latent", elem_id="facts")
         with gr.Row():
             raises = make_table(empty_table(""), label="Tokens that it raises", elem_id="raises", min_width=220)
             lowers = make_table(empty_table(""), label="Tokens that it lowers", elem_id="lowers", min_width=220)
             near = make_table(empty_table(""), label="Nearest latents", elem_id="near", min_width=220)
+        with gr.Row():
+            stored = make_plots(label="Activations on record", elem_id="stored-plots", min_width=300)
+            densities = make_plots(label="How often it fires", elem_id="latent-density", min_width=300)
         with gr.Row(elem_classes="bottom"):
             label = gr.Textbox("", label="Label", max_lines=1, max_length=200, elem_id="label", min_width=160, scale=2)
             notes = gr.Textbox("", label="Notes", max_lines=3, max_length=4000, elem_id="notes", min_width=200, scale=4)
@@ -66,17 +75,22 @@ class LatentTab:
         self.plots = make_plots(label="Activations", elem_id="scan-plots")
         self.contexts = make_contexts(label="Where it fires", elem_id="contexts")
         chosen = [shared.site, shared.latent]
-        found = [self.facts, raises, lowers, near, label, notes]
+        found = [self.facts, raises, lowers, near, stored, densities, label, notes]
         show.click(self.on_show, chosen, found, **TOLD)
+        tab.select(self.on_open, [*chosen, self.facts], found, **TOLD)
         near.select(on_table_select, None, shared.latent, **QUIET).then(self.on_show, chosen, found, **TOLD)
         save.click(self.on_save, [*chosen, label, notes], None, **TOLD)
         running = scan.click(
             self.on_scan, [*chosen, shared.prompt, text, tokens], [self.plots, self.contexts, kept],
             api_visibility="private", show_progress="minimal", show_progress_on=self.plots, **ON_MODEL,
         )  # fmt: skip
-        stop.click(lambda: None, None, None, cancels=[running], **QUIET)
+        measuring = ablated.click(
+            self.on_ablate, [*chosen, kept], [self.contexts, kept], api_visibility="private", show_progress="minimal",
+            show_progress_on=self.contexts, **ON_MODEL,
+        )  # fmt: skip
+        stop.click(lambda: None, None, None, cancels=[running, measuring], **QUIET)
         export.click(self.on_export, [*chosen, kept], page, **TOLD).success(
-            None, page, None, js=download("latent.html"), **QUIET
+            None, page, None, js=download_page("latent.html"), **QUIET
         )
 
     def on_show(self, site: str, chosen: Any) -> tuple[Any, ...]:
@@ -94,7 +108,15 @@ class LatentTab:
             raised, lowered = (
                 weights_table(what, tokens) for what, tokens in (("Raises", card.raises), ("Lowers", card.lowers))
             )
-            return facts_table(card), raised, lowered, near, note.label, note.notes
+            plots = stored_plot(card), density_plot(hooked.saes[name], latent)
+            return facts_table(card), raised, lowered, near, *plots, note.label, note.notes
+
+    def on_open(self, site: str, chosen: Any, facts: Any) -> tuple[Any, ...]:
+        """The facts, unless they are shown already: a note may be half written."""
+        caption = str(facts.get("caption", "")) if isinstance(facts, dict) else ""
+        if not chosen or (caption.startswith(f"Latent {chosen} of ") and f" at {site}" in caption):
+            return (gr.skip(),) * 8
+        return self.on_show(site, chosen)
 
     def on_save(self, site: str, chosen: Any, label: Any, notes: Any) -> None:
         """A label and notes are written beside the SAE."""
@@ -130,6 +152,23 @@ class LatentTab:
                     if scan.done < 1 and time.monotonic() - began > limits.seconds:
                         gr.Warning(f"Ended after {limits.seconds:g} s, at {scan.done:.0%} of the text.", duration=8)
                         return
+
+    def on_ablate(self, site: str, chosen: Any, scan: LatentScan | None) -> Iterator[tuple[Any, Any]]:
+        """The examples of a scan, one after another with what they lose without the latent."""
+        hooked, limits = self.shared.hooked, self.shared.limits
+        with told_to_the_visitor():
+            name = hooked.resolve_site(site)
+            latent = one_latent(chosen, hooked.saes[name])
+            if scan is None or (scan.site, scan.latent) != (name, latent) or not scan.top:
+                raise ArgumentError(
+                    f"There are no examples of latent {latent} at {name} to ablate it on. Scan a text first."
+                )
+            began = time.monotonic()
+            for measured in ablate_contexts(hooked, scan):
+                yield scan_contexts(measured, hooked.tokenizer), measured
+                if time.monotonic() - began > limits.seconds:
+                    gr.Warning(f"Ended after {limits.seconds:g} s; some examples are not measured.", duration=8)
+                    return
 
 
 def text_of(hooked: HookedSAEs, source: str, prompt: str, tokens: int) -> Sequence[Any]:
@@ -189,6 +228,39 @@ def weights_table(what: str, weights: list[TokenWeight]) -> dict[str, Any]:
     return {"caption": caption, "plain": True, "columns": ["token", "logit"], "rows": rows}
 
 
+def stored_plot(card: LatentCard) -> dict[str, Any]:
+    """How strong it is where it fires, from the quantiles in the SAE's file: bars of unequal width, whose areas are shares."""
+    levels, values = [0.0, *card.quantiles, 1.0], [0.0, *card.quantiles.values(), card.max_act or 0.0]
+    edges, heights, share = [0.0], [], 0.0
+    for high, level, before in zip(values[1:], levels[1:], levels[:-1], strict=True):
+        share += level - before
+        if high > edges[-1]:
+            heights.append(share / (high - edges[-1]))
+            edges.append(high)
+            share = 0.0
+    if not card.quantiles or not heights:
+        return {"panels": []}
+    title = f"Activations where it fires, on {card.measured_tokens:,} recorded tokens"
+    shown = panel(title, {"share of them, by unit of activation": heights}, zero=True, bars=True, edges=edges)
+    middles = [(low + high) / 2 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return plots_value(middles, [shown], what="activation", below="activation")
+
+
+def density_plot(sae: SAE, latent: int | None = None) -> dict[str, Any]:
+    """A histogram of the shares of tokens on which the SAE's latents fire; one latent's is marked."""
+    density = sae.density if sae.stats is None else sae.stats.density
+    if density is None:
+        return {"panels": []}
+    density = density.float().cpu()
+    found = bars(density[density > 0])
+    title = f"How often latents fire: {int((density == 0).sum()):,} of {len(density):,} never did"
+    mark = None if latent is None else float(density[latent]) or None
+    title += "" if mark is None else f"; this one on {mark:.3%}"
+    counts = panel(title, {"latents": [bar.tokens for bar in found]}, zero=True, bars=True, logarithmic=True, mark=mark)
+    x = [math.sqrt(bar.low * bar.high) for bar in found]
+    return plots_value(x, [counts] if x else [], what="share of tokens", below="share of tokens (logarithmic)")
+
+
 def scan_plots(scan: LatentScan) -> dict[str, Any]:
     """The histogram of activations."""
     title = f"{scan.done:.0%} read: fires on {scan.fired:,} of {scan.tokens:,} tokens ({scan.density:.3%})"
@@ -206,7 +278,15 @@ def scan_contexts(scan: LatentScan, tokenizer: Any) -> dict[str, Any]:
                 group(f"Silent on the {scan.tokens:,} tokens read so far ({scan.done:.0%})", [], tokenizer, largest)
             ]
         }
-    groups = [group("Strongest", scan.top, tokenizer, largest)]
+    shown = {one.window: one.mean_change for one in [*scan.top, *(c for *_, some in scan.sampled for c in some)]}
+    changes = [change for change in shown.values() if change is not None]
+    strongest = "Strongest: activation, text"
+    if changes:
+        strongest = (
+            f"Without the latent the loss of {len(changes)} of {len(shown)} examples grows by {sum(changes) / len(changes):+.4f} "
+            "nats a token on average. Strongest: activation, growth, text"
+        )
+    groups = [group(strongest, scan.top, tokenizer, largest)]
     groups += [
         group(f"From {low:.3g} to {high:.3g}", contexts, tokenizer, largest)
         for low, high, contexts in scan.sampled

@@ -24,6 +24,8 @@ class Limits:
     """Largest absolute value of an edit's strength."""
     strengths: int = 16
     """Strengths of one sweep."""
+    prompts: int = 4
+    """Prompts of one sweep."""
     exact_tokens: int = 64
     """Longest prompt whose latents are ablated one by one."""
     scan_tokens: int = 100_000

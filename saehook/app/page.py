@@ -33,6 +33,8 @@ signature". **Inspect** shows which latents fire on your text; “Edit this late
 **Generate** lets the model write on under these edits, beside the model as it is, **Sweep** tries many strengths of one, 
 **Attribution** says which latents are behind a next token, and **Latent** what is known of one.
 """
+# On a narrow window it would cover the page.
+CLOSE_SIDEBAR = "() => { if (innerWidth <= 768) document.querySelector('.sidebar.open .toggle-button')?.click(); }"
 PROMPTS = [
     "class Stack:\n    def __init__(self",
     "import json\n\ndef load(path):\n    with open(path) as",
@@ -60,16 +62,20 @@ def build_app(
         gr.Markdown(INTRODUCTION, elem_id="introduction")
         sites = hooked.sites
         with gr.Row():
-            with gr.Column(scale=6, min_width=320):
+            with gr.Column(scale=1, min_width=320):
                 prompt = gr.Textbox(
                     PROMPTS[0], label="Prompt", info="Shift+Enter reads it", lines=4, max_lines=10, elem_id="prompt",
                     max_length=limits.prompt_chars,
+                )  # fmt: skip
+                chat = gr.Checkbox(
+                    False, label="As a chat message", info="in the model's chat template", elem_id="chat",
+                    visible=bool(getattr(hooked.tokenizer, "chat_template", None)),
                 )  # fmt: skip
                 gr.Examples(
                     [[text] for text in PROMPTS], [prompt], example_labels=PROMPT_NAMES, label="Or try",
                     elem_id="examples", cache_examples=False, api_visibility="private",
                 )  # fmt: skip
-            with gr.Column(scale=5, min_width=300):
+            with gr.Column(scale=1, min_width=320):
                 with gr.Row(elem_classes="bottom"):
                     site = gr.Dropdown(
                         sites, value=sites[0], label="Site", info="where an SAE is attached", scale=2, elem_id="site",
@@ -78,12 +84,13 @@ def build_app(
                     read_button = gr.Button("Read", variant="primary", elem_id="read", scale=1, min_width=90)
                 with gr.Row(elem_classes="bottom"):
                     latent = gr.Textbox(
-                        "", label="Chosen latent", max_lines=1, max_length=12, elem_id="latent", scale=2, min_width=90
+                        "", label="Chosen latent", max_lines=1, max_length=12, elem_id="latent", scale=2, min_width=80
                     )
                     kind = make_kind()
-                    to_edit = gr.Button("Edit this latent", elem_id="to-edit", scale=2, min_width=110)
+                    to_edit = gr.Button("Edit this latent", elem_id="to-edit", scale=1, min_width=110)
         reading = gr.State(None, time_to_live=3600)
-        shared = Shared(hooked, limits, paths, prompt, site, latent, reading, editor)
+        shared = Shared(hooked, limits, paths, prompt, site, latent, reading, editor, chat, gr.State(None))
+        shared.controls += [prompt, chat, site, latent, kind]
         shared.tab = gr.State("inspect")
         with gr.Tabs(selected="inspect", elem_id="tabs") as shared.tabs:
             with _tab(shared, "Inspect", "inspect"):
@@ -94,8 +101,8 @@ def build_app(
                 SweepTab(shared, generate.sampling)
             with _tab(shared, "Attribution", "attribution"):
                 AttributionTab(shared)
-            with _tab(shared, "Latent", "latent"):
-                LatentTab(shared)
+            with _tab(shared, "Latent", "latent") as tab:
+                LatentTab(shared, tab)
             with _tab(shared, "Search", "search"):
                 SearchTab(shared)
             with _tab(shared, "SAE card", "card") as tab:
@@ -105,6 +112,7 @@ def build_app(
         inspect.reads_on([read_button.click, prompt.submit, site.input])
         inspect.start(PROMPTS[0])
         sidebar.wire(to_edit, kind, generate, inspect.shown, blocks)
+        blocks.load(None, None, None, js=CLOSE_SIDEBAR, **QUIET)
         for name, function in endpoints(hooked, limits).items():
             api(function, api_name=name, **ON_MODEL)
     return blocks.queue(max_size=limits.queue, default_concurrency_limit=1)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from saehook.errors import FormatError
+import gradio as gr
+
+from saehook.errors import ArgumentError, FormatError
 from saehook.fields import check_fields, from_json
 
-VERSION = 1
+VERSION = 2
 MAX_LINK_CHARS = 8192
 MAX_CHARS = 200_000
 """Of the JSON inside a link, which is compressed."""
@@ -24,17 +28,12 @@ class PageState:
     """All that a link restores. The values are as a browser sends them: whoever uses them checks them."""
 
     tab: str = "inspect"
-    prompt: str = ""
-    site: str = ""
-    latent: str = ""
     program: dict[str, Any] = field(default_factory=dict)
     """The editor's value."""
-    sample: bool = True
-    temperature: float = 0.8
-    top_p: float = 1.0
-    new_tokens: int = 60
-    seed: int = 0
-    lanes: list[str] = field(default_factory=lambda: ["Base", "Spliced", "Edited"])
+    tokens: list[Any] = field(default_factory=list)
+    """The chosen tokens: the first, and that before which they end; none: the whole text."""
+    controls: dict[str, Any] = field(default_factory=dict)
+    """All others, by id."""
 
     def to_data(self) -> dict[str, Any]:
         """What stands in a session file."""
@@ -54,12 +53,9 @@ class PageState:
             raise FormatError(f"the session has version {data['version']!r}; this page reads {VERSION}.")
         given = {name: data[name] for name in known if name in data}
         for name, value in given.items():
-            default = getattr(PageState(), name)
-            kinds = (
-                (int, float) if isinstance(default, (int, float)) and not isinstance(default, bool) else type(default)
-            )
-            if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
-                raise FormatError(f"the session's {name} is {str(value)[:60]!r}; for example {default!r} is expected.")
+            kind = type(getattr(PageState(), name))
+            if not isinstance(value, kind):
+                raise FormatError(f"the session's {name} is {value!r:.60}; a {kind.__name__} is expected.")
         if given.get("tab", "inspect") not in TABS:
             raise FormatError(f"the session's tab is {given['tab'][:60]!r}; expected one of {', '.join(TABS)}.")
         return PageState(**given)
@@ -98,3 +94,45 @@ class PageState:
             if isinstance(error, FormatError):
                 raise
             raise FormatError("The link cannot be read. Was all of it copied?") from None
+
+
+def control_values(controls: Sequence[Any], given: Mapping[str, Any]) -> list[Any]:
+    """A value for each control: the given one, or that with which the page opens.
+
+    Raises:
+        ArgumentError: there is no such control, or it does not take that value; the message gives both.
+    """
+    unknown = sorted(set(given) - {control.elem_id for control in controls})
+    if unknown:
+        raise ArgumentError(f"the session sets {unknown[0][:60]!r}, which this page does not have.")
+    return [
+        _checked(control, given[control.elem_id]) if control.elem_id in given else control.value for control in controls
+    ]
+
+
+def _checked(control: Any, value: Any) -> Any:
+    """Raises ArgumentError for a value that the browser's control could not have."""
+    expected = None
+    if isinstance(control, gr.Checkbox):
+        expected = None if isinstance(value, bool) else "true or false"
+    elif isinstance(control, (gr.Slider, gr.Number)):
+        low, high = (
+            -math.inf if control.minimum is None else control.minimum,
+            math.inf if control.maximum is None else control.maximum,
+        )
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        expected = None if number and low <= value <= high else f"a number from {low:g} to {high:g}"
+    elif isinstance(control, (gr.CheckboxGroup, gr.Dropdown)):
+        names = [name for _, name in control.choices]
+        several = value if isinstance(control, gr.CheckboxGroup) else [value]
+        fits = isinstance(several, list) and all(isinstance(one, str) and one in names for one in several)
+        expected = None if fits else f"of {', '.join(map(str, names))}"
+    elif not isinstance(value, str):
+        expected = "a text"
+    elif control.max_length is not None and len(value) > control.max_length:
+        raise ArgumentError(
+            f"“{control.label}” has {len(value)} characters; this page allows {control.max_length}. Shorten it."
+        )
+    if expected is not None:
+        raise ArgumentError(f"“{control.label}” is {value!r:.60}; expected: {expected}.")
+    return value

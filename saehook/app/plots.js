@@ -18,7 +18,8 @@ const picture = (panel, value) => {
   if (panel.zero) { low = Math.min(0, low); high = Math.max(0, high); }
   if (low === high) { low -= 1; high += 1; }
   const log = v => panel.logarithmic ? Math.log2(v) : v, back = v => panel.logarithmic ? 2 ** v : v;
-  const left = log(Math.min(...x)), right = log(Math.max(...x)), span = right - left || 1;
+  const places = [...x, ...(panel.edges || []), ...(panel.mark ? [panel.mark] : [])];
+  const left = log(Math.min(...places)), right = log(Math.max(...places)), span = right - left || 1;
   const X = v => LEFT + 12 + (log(v) - left) / span * (RIGHT - LEFT - 24), Y = v => BOTTOM - (v - low) / (high - low) * (BOTTOM - TOP);
   const root = svg('svg', {viewBox: `0 0 ${W} ${H}`, role: 'group', 'aria-label': panel.title, class: 'plot'});
   for (const v of ticks(low, high, 4)) root.append(svg('path', {class: 'rule', d: `M${LEFT} ${Y(v)}H${RIGHT}`}),
@@ -28,18 +29,23 @@ const picture = (panel, value) => {
   if (panel.base !== undefined && panel.base !== null) {
     const line = svg('path', {class: 'base', d: `M${LEFT} ${Y(panel.base)}H${RIGHT}`});
     line.append(svg('title', {}, 'unedited: ' + short(panel.base))); root.append(line); }
+  if (panel.mark) { const line = svg('path', {class: 'mark', d: `M${X(panel.mark)} ${TOP}V${BOTTOM}`});
+    line.append(svg('title', {}, 'this one: ' + short(panel.mark))); root.append(line); }
   panel.series.forEach((one, number) => {
-    const places = x.map((v, i) => [v, one.y[i], i]).filter(place => place[1] !== null).sort((a, b) => a[0] - b[0]);
+    const points = x.map((v, i) => [v, one.y[i], i]).filter(place => place[1] !== null).sort((a, b) => a[0] - b[0]);
     const colour = COLOURS[number % COLOURS.length];
     if (panel.bars) {
       const width = Math.max(1, (RIGHT - LEFT - 24) / Math.max(8, x.length) - 1);
-      for (const [v, y] of places) { const bar = svg('rect', {x: X(v) - width / 2, y: Y(y), width, height: Math.max(0, Y(low) - Y(y)), fill: colour});
-        bar.append(svg('title', {}, `${short(v)}: ${short(y)}`)); root.append(bar); }
+      for (const [v, y, i] of points) {
+        const from = panel.edges ? X(panel.edges[i]) : X(v) - width / 2, wide = panel.edges ? X(panel.edges[i + 1]) - from - 0.5 : width;
+        const bar = svg('rect', {x: from, y: Y(y), width: Math.max(0.5, wide), height: Math.max(0, Y(low) - Y(y)), fill: colour});
+        const where = panel.edges ? `${short(panel.edges[i])} to ${short(panel.edges[i + 1])}` : short(v);
+        bar.append(svg('title', {}, `${where}: ${short(y)}`)); root.append(bar); }
       return; }
     root.append(svg('path', {class: 'line', stroke: colour, 'stroke-dasharray': number ? '5 4' : 'none',
-      d: places.map(([v, y], i) => (i ? 'L' : 'M') + X(v) + ' ' + Y(y)).join('')}));
+      d: points.map(([v, y], i) => (i ? 'L' : 'M') + X(v) + ' ' + Y(y)).join('')}));
     if (panel.still) return;
-    for (const [v, y, i] of places) {
+    for (const [v, y, i] of points) {
       const says = `${value.what || 'x'} ${short(v)}: ${one.name} ${short(y)}`;
       const dot = svg('circle', {cx: X(v), cy: Y(y), r: i === value.selected ? 6 : 4, fill: colour, tabindex: 0, role: 'button',
         'aria-label': says, 'data-key': i});
@@ -47,11 +53,9 @@ const picture = (panel, value) => {
   return root; };
 const box = element.querySelector('.plots');
 const make = (tag, fields, ...children) => { const node = Object.assign(document.createElement(tag), fields || {}); node.append(...children); return node; };
-const save = (name, blob) => { const a = make('a', {href: URL.createObjectURL(blob), download: name}); a.click();
-  setTimeout(() => URL.revokeObjectURL(a.href), 1000); };
 const whole = node => { const copy = node.cloneNode(true), from = [node, ...node.querySelectorAll('*')];
   [copy, ...copy.querySelectorAll('*')].forEach((one, i) => { const style = getComputedStyle(from[i]);
-    one.setAttribute('style', ['fill', 'stroke', 'stroke-width', 'font-size', 'font-family', 'text-anchor'].map(k => `${k}:${style.getPropertyValue(k)}`).join(';')); });
+    one.setAttribute('style', ['fill', 'stroke', 'stroke-width', 'font-size', 'font-family', 'text-anchor', 'stroke-dasharray'].map(k => `${k}:${style.getPropertyValue(k)}`).join(';')); });
   copy.setAttribute('xmlns', 'http://www.w3.org/2000/svg'); copy.setAttribute('width', 2 * W); copy.setAttribute('height', 2 * H);
   return new XMLSerializer().serializeToString(copy); };
 const png = (name, text) => { const image = new Image();
@@ -59,22 +63,22 @@ const png = (name, text) => { const image = new Image();
     draw.fillStyle = getComputedStyle(document.body).backgroundColor; draw.fillRect(0, 0, 2 * W, 2 * H);
     draw.drawImage(image, 0, 0); canvas.toBlob(blob => save(name, blob)); };
   image.src = 'data:image/svg+xml;charset=utf-8,' + encodeURIComponent(text); };
-const csv = value => [[value.what || 'x', ...value.panels.flatMap(p => p.series.map(one => p.title + ': ' + one.name))],
-  ...value.x.map((v, i) => [v, ...value.panels.flatMap(p => p.series.map(one => one.y[i]))])]
-  .map(row => row.map(cell => '"' + String(cell ?? '').replaceAll('"', '""') + '"').join(',')).join('\r\n') + '\r\n';
+const rowsOf = value => [[value.what || 'x', ...value.panels.flatMap(p => p.series.map(one => p.title + ': ' + one.name))],
+  ...value.x.map((v, i) => [v, ...value.panels.flatMap(p => p.series.map(one => one.y[i]))])];
 const draw = () => {
   const value = props.value || {}, focused = box.contains(document.activeElement) ? document.activeElement.dataset.key : null;
   const panels = value.panels || [];
   box.replaceChildren(...panels.map(panel => {
-    const drawing = picture(panel, value), name = panel.title.replace(/[^\w]+/g, '-').slice(0, 40);
-    const button = (text, act) => make('button', {type: 'button', textContent: text, onclick: act, ariaLabel: `${text} of ${panel.title}`});
+    const drawing = picture(panel, value), name = fileName(panel.title);
     const key = panel.series.length < 2 ? [] : panel.series.map((one, i) => {
       const item = make('span', {className: 'key', textContent: one.name}); item.style.setProperty('--key', COLOURS[i % COLOURS.length]); return item; });
     return make('figure', {}, make('figcaption', {textContent: panel.title}), make('div', {className: 'keys'}, ...key), drawing,
-      make('div', {className: 'save'}, button('SVG', () => save(name + '.svg', new Blob([whole(drawing)], {type: 'image/svg+xml'}))),
-        button('PNG', () => png(name + '.png', whole(drawing))))); }));
-  if (panels.length) box.append(make('button', {type: 'button', className: 'csv', textContent: 'All numbers as CSV',
-    onclick: () => save('numbers.csv', new Blob([csv(value)], {type: 'text/csv'}))}));
+      make('div', {className: 'save'},
+        saveButton('SVG', panel.title, () => save(name + '.svg', whole(drawing), 'image/svg+xml')),
+        saveButton('PNG', panel.title, () => png(name + '.png', whole(drawing))))); }));
+  if (panels.length) box.append(make('div', {className: 'save all'}, 'All numbers:',
+    saveButton('CSV', 'all numbers', () => save('numbers.csv', csv(rowsOf(value)), 'text/csv')),
+    saveButton('JSON', 'all numbers', () => save('numbers.json', JSON.stringify(value, null, 1), 'application/json'))));
   if (focused) box.querySelector(`circle[data-key="${CSS.escape(focused)}"]`)?.focus(); };
 const pick = event => { const dot = event.target.closest('circle[data-key]'); if (dot) trigger('select', {key: +dot.dataset.key}); };
 box.addEventListener('click', pick);

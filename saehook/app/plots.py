@@ -1,4 +1,5 @@
-"""Small pictures of numbers over a common x, whose points can be chosen; each downloads as SVG or PNG, the numbers as CSV."""
+"""Small pictures of numbers over a common x, whose points can be chosen; each downloads as SVG or PNG, the numbers as CSV or
+JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+
+from saehook.app.downloads import SAVE_CSS, SAVE_JS
 
 
 def make_plots(*, label: str, **component: Any) -> gr.HTML:
@@ -20,8 +23,8 @@ def make_plots(*, label: str, **component: Any) -> gr.HTML:
         {"panels": []},
         label=label,
         html_template=f'<div class="plots" role="group" aria-label="{label}"></div>',
-        css_template=_beside(".css"),
-        js_on_load=_beside(".js"),
+        css_template=_beside(".css") + SAVE_CSS,
+        js_on_load=SAVE_JS + _beside(".js"),
         apply_default_css=False,
         **component,
     )
@@ -41,18 +44,27 @@ def plots_value(
 
 
 def panel(
-    title: str, series: dict[str, Sequence[float]], *, base: float | None = None, zero: bool = False, **kind: bool
+    title: str,
+    series: dict[str, Sequence[float]],
+    *,
+    base: float | None = None,
+    mark: float | None = None,
+    edges: Sequence[float] | None = None,
+    zero: bool = False,
+    **kind: bool,
 ) -> dict[str, Any]:
     """One picture.
 
     Args:
         series: y by name, one for each x; what is not finite is left out.
-        base: a dashed line, for comparison.
+        base: a dashed line, for comparison. mark: an upright one, at an x.
+        edges: of bars of unequal width, one more than there are x.
         zero: the y axis holds 0.
         kind: `bars`: bars instead of a line; `still`: no point can be chosen; `logarithmic`: x is.
     """
     lines = [{"name": name, "y": [_finite(v) for v in values]} for name, values in series.items()]
-    return {"title": title, "series": lines, "base": None if base is None else _finite(base), "zero": zero, **kind}
+    more = {"base": None if base is None else _finite(base), "mark": mark, "edges": edges and list(edges)}
+    return {"title": title, "series": lines, **more, "zero": zero, **kind}
 
 
 def _finite(value: float) -> float | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from saehook.app.limits import Limits
+from saehook.conversation import conversation_ids
 from saehook.errors import ArgumentError, ContextLengthError
 from saehook.hooked_saes import HookedSAEs
 from saehook.inspection import Inspection, inspect_text
@@ -31,26 +33,45 @@ class Reading:
         return self.facts.site
 
 
-def read(hooked: HookedSAEs, prompt: str, site: str | None, limits: Limits, program: Program | None = None) -> Reading:
+@dataclass(frozen=True)
+class Prompt:
+    """What a visitor wrote, as the model gets it."""
+
+    ids: list[int]
+    given: Any
+    """What a run is called with: the ids, or the conversation of which they are, whose roles an edit may name."""
+
+
+def read(hooked: HookedSAEs, prompt: Prompt, site: str | None, program: Program | None = None) -> Reading:
     """What the model makes of a text, by itself, spliced, and under the program."""
-    ids = prompt_ids(hooked, prompt, limits)
-    facts = inspect_text(hooked, ids, site, program or Program())
-    return Reading(facts, [visible_token(hooked.tokenizer, i) for i in ids])
+    facts = inspect_text(hooked, prompt.given, site, program or Program())
+    return Reading(facts, [visible_token(hooked.tokenizer, i) for i in prompt.ids])
 
 
-def prompt_ids(hooked: HookedSAEs, prompt: str, limits: Limits, new_tokens: int = 0) -> list[int]:
+def prompt_of(
+    hooked: HookedSAEs, prompt: Any, limits: Limits, new_tokens: int = 0, *, chat: bool = False, system: str = ""
+) -> Prompt:
     """The prompt as the model gets it.
 
+    Args:
+        new_tokens: how many must still fit behind it.
+        chat: it is the user's message, put into the model's chat template. system: a message before it.
+
     Raises:
-        ArgumentError: empty or too long for the page. ContextLengthError: too long for the model.
+        ArgumentError: empty, too long for the page, or a conversation where the tokenizer has no template.
+        ContextLengthError: too long for the model.
     """
     if not isinstance(prompt, str) or not prompt:
         raise ArgumentError("The prompt is empty. Write some text.")
-    if len(prompt) > limits.prompt_chars:
+    if len(prompt) + len(system) > limits.prompt_chars:
         raise ArgumentError(
-            f"The prompt has {len(prompt)} characters; this page allows {limits.prompt_chars}. Shorten it."
+            f"The prompt has {len(prompt) + len(system)} characters; this page allows {limits.prompt_chars}. Shorten it."
         )
-    ids: Sequence[int] = hooked.tokenizer(prompt, verbose=False)["input_ids"]
+    given: Any = [{"role": "system", "content": system}] if system else []
+    given.append({"role": "user", "content": prompt})
+    ids: Sequence[int] = (
+        conversation_ids(given, hooked.tokenizer)[0] if chat else hooked.tokenizer(prompt, verbose=False)["input_ids"]
+    )
     if not ids:
         raise ArgumentError("The prompt has no token. Write some text.")
     if len(ids) > limits.prompt_tokens:
@@ -63,4 +84,4 @@ def prompt_ids(hooked: HookedSAEs, prompt: str, limits: Limits, new_tokens: int 
             f"No room to generate: {len(ids)} prompt tokens and {new_tokens} new ones are more than the {hooked.context} tokens "
             "that the model takes. Shorten the prompt, or ask for fewer new tokens."
         )
-    return list(ids)
+    return Prompt(list(ids), given if chat else list(ids))

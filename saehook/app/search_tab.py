@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from saehook.app.messages import told_to_the_visitor
-from saehook.app.reading import prompt_ids
+from saehook.app.reading import prompt_of
 from saehook.app.shared import ON_MODEL, QUIET, TOLD, Shared, on_table_select
 from saehook.app.table import empty_table, make_table
 from saehook.errors import ArgumentError
@@ -28,7 +28,7 @@ class SearchTab:
 
     def __init__(self, shared: Shared) -> None:
         """Its controls, inside the tab that is open."""
-        self.shared = shared
+        self.shared, chars = shared, shared.limits.prompt_chars
         gr.Markdown(HELP, elem_id="search-help")
         with gr.Row(elem_classes="bottom"):
             label = gr.Textbox(
@@ -36,12 +36,15 @@ class SearchTab:
             )
             by_label = gr.Button("By label", elem_id="by-label", scale=1, min_width=110)
         with gr.Row(elem_classes="bottom"):
-            here = gr.Textbox("", label="Active here", lines=2, max_lines=4, elem_id="here", scale=2)
-            there = gr.Textbox("", label="and not there", lines=2, max_lines=4, elem_id="there", scale=2)
+            here = gr.Textbox("", label="Active here", lines=2, max_lines=4, max_length=chars, elem_id="here", scale=2)
+            there = gr.Textbox(
+                "", label="and not there", lines=2, max_lines=4, max_length=chars, elem_id="there", scale=2
+            )
             by_text = gr.Button("By texts", elem_id="by-text", scale=1, min_width=110)
         with gr.Row(elem_classes="bottom"):
             token = gr.Textbox("", label="Token", max_lines=1, max_length=60, elem_id="search-token", scale=4)
             by_token = gr.Button("By token", elem_id="by-token", scale=1, min_width=110)
+        shared.controls += [label, here, there, token]
         self.table = make_table(empty_table(NOTHING), label="Latents found", elem_id="found")
         by_label.click(self.on_label, [shared.site, label], self.table, **TOLD)
         by_token.click(self.on_token, [shared.site, token], self.table, **TOLD)
@@ -90,7 +93,7 @@ class SearchTab:
         """Latents that fire more in one text than in another."""
         hooked, limits = self.shared.hooked, self.shared.limits
         with told_to_the_visitor():
-            ids, other = (prompt_ids(hooked, str(text or ""), limits) for text in (here, there))
+            ids, other = (prompt_of(hooked, str(text or ""), limits).ids for text in (here, there))
             found = latents_here_not_there(hooked, ids, other, site, SHOWN)
             most = max((one.difference for one in found), default=1.0)
             rows = [

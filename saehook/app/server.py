@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -11,6 +11,7 @@ from gradio.themes import Base, Default
 from gradio.themes.utils.fonts import LocalFont
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import JSONResponse
 
 from saehook.app.limits import Limits
 from saehook.app.page import build_app
@@ -72,20 +73,65 @@ def serve(
         show_error=False,
         strict_cors=True,
         allowed_paths=[],
-        max_file_size="1kb",
         enable_monitoring=False,
         mcp_server=mcp,
         pwa=False,
         ssr_mode=False,
         run_history=False,
         footer_links=["api"],
-        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]},
+        app_kwargs={
+            "middleware": [
+                Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
+                Middleware(Refusals, limits=limits or Limits()),
+            ]
+        },
         theme=theme(),
         css=CSS,
         prevent_thread_lock=not block,
         quiet=quiet,
     )
     return app
+
+
+Message = MutableMapping[str, Any]
+
+
+class Refusals:
+    """Refuses uploads, and says why where Gradio refuses without a number, or with one that its page does not show."""
+
+    def __init__(self, app: Any, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(
+        self,
+        scope: Message,
+        receive: Callable[[], Awaitable[Message]],
+        send: Callable[[Message], Awaitable[None]],
+    ) -> None:
+        """One request."""
+        path = scope.get("path", "").rstrip("/")
+        if scope["type"] != "http" or not path.endswith(("/upload", "/queue/join")):
+            await self.app(scope, receive, send)
+        elif path.endswith("/upload"):
+            size = dict(scope["headers"]).get(b"content-length", b"some").decode("latin-1")[:20]
+            says = f"A file of {size} bytes was sent; this page takes 0: it has no uploads."
+            await JSONResponse({"detail": says}, 413)(scope, receive, send)
+        else:
+            full = False
+
+            async def told(message: Message) -> None:
+                nonlocal full
+                full = full or message.get("status") == 503
+                if not full:
+                    await send(message)
+
+            await self.app(scope, receive, told)
+            if full:  # at 503 the browser shows a sentence of its own
+                n = self.limits.queue
+                says = (
+                    f"The model is busy: {n} requests wait for it, and this page lets {n} wait. Try again in a moment."
+                )
+                await JSONResponse({"detail": says}, 429)(scope, receive, send)
 
 
 def theme() -> Base:

@@ -12,24 +12,18 @@ from saehook.latent_page import PAGE
 from saehook.token_html import escape
 
 PRE = '<pre style="white-space:pre-wrap;overflow-wrap:anywhere">'
-# Gradio shows what it is given; the browser makes a file of it, so none is written on the server.
-DOWNLOAD = """text => { const a = document.createElement('a');
-  a.href = URL.createObjectURL(new Blob([text], {type: 'text/html'})); a.download = NAME; a.click(); return []; }"""
 
 
-def download(name: str) -> str:
-    """JavaScript that keeps a text as a file of this name."""
-    return DOWNLOAD.replace("NAME", json.dumps(name))
-
-
-def session_page(state: PageState, program: Program, python: str, shell: str, lanes: Mapping[str, Any]) -> str:
+def session_page(
+    state: PageState, prompt: str, program: Program, python: str, shell: str, lanes: Mapping[str, Any]
+) -> str:
     """The page.
 
     Args:
         python, shell: what repeats the edited lane.
         lanes: values of the lanes (`lane_value`), by name, as a browser sends them.
     """
-    parts = [f"<h2>Prompt</h2>{PRE}{escape(state.prompt)}</pre>", f"<h2>Edits</h2>{program._repr_html_()}"]
+    parts = [f"<h2>Prompt</h2>{PRE}{escape(prompt)}</pre>", f"<h2>Edits</h2>{program._repr_html_()}"]
     for name, lane in lanes.items():
         if isinstance(lane, dict) and lane.get("text"):
             notes = [str(note.get("text", "")) for note in _list(lane.get("notes")) if isinstance(note, dict)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
@@ -38,9 +38,20 @@ class Shared:
     """The `Reading` of the prompt, or None."""
     editor: gr.HTML
     """The program: `program_rows`."""
+    chat: gr.Checkbox
+    """Whether the prompt is a message in the chat template."""
+    span: gr.State
+    """The chosen tokens of the reading, from the first to before the second; None: all."""
+    controls: list[Any] = field(default_factory=list)
+    """What a link restores, beside the editor: each has an id and a label."""
     tabs: gr.Tabs | None = None
     tab: gr.State | None = None
     """Id of the open tab."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the model's tokenizer can write a conversation."""
+        return bool(getattr(self.hooked.tokenizer, "chat_template", None))
 
 
 def one_latent(chosen: Any, sae: SAE) -> int:

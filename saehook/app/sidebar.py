@@ -7,11 +7,13 @@ from typing import Any
 
 import gradio as gr
 
+from saehook.app.downloads import download_page
 from saehook.app.generate_tab import GenerateTab
+from saehook.app.inspect_tab import UNREAD
 from saehook.app.lanes import LANES
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.notes import make_notes
-from saehook.app.page_state import TABS, PageState
+from saehook.app.page_state import TABS, PageState, control_values
 from saehook.app.program_rows import (
     KINDS,
     checked_rows,
@@ -23,7 +25,7 @@ from saehook.app.program_rows import (
     with_row,
 )
 from saehook.app.sampling import sampling_of
-from saehook.app.session_page import download, session_page
+from saehook.app.session_page import session_page
 from saehook.app.shared import QUIET, TOLD, Shared, one_latent
 from saehook.app.snippet import python_for, shell_for
 from saehook.app.table import empty_table
@@ -74,12 +76,12 @@ class Sidebar:
         Args:
             shown: what shows the reading: it is emptied when a link or session is restored.
         """
-        shared, sampling = self.shared, generate.settings
+        shared = self.shared
         edited = to_edit.click(
             self.on_to_edit, [shared.editor, shared.site, shared.latent, kind], shared.editor, **TOLD
         )
         edited.then(self.on_edited, shared.editor, self.problems, **QUIET)
-        state = [shared.tab, shared.prompt, shared.site, shared.latent, shared.editor, *sampling]
+        state = [shared.tab, shared.editor, shared.span, *shared.controls]
         panel = [self.json, self.python, self.shell, self.session]
         edited.success(self.on_panel, state, panel, **QUIET)
         triggers = [self.panel.expand, shared.editor.input, shared.prompt.blur]
@@ -88,10 +90,10 @@ class Sidebar:
             None, self.link, self.link, js=COPY_LINK, **QUIET
         )
         self.export.click(self.on_export, [*state, *generate.lanes], self.page, **TOLD).success(
-            None, self.page, None, js=download("session.html"), **QUIET
+            None, self.page, None, js=download_page("session.html"), **QUIET
         )
-        restored = [shared.tabs, shared.tab, shared.prompt, shared.site, shared.latent, shared.editor, *sampling]
-        restored += [shared.reading, *shown]
+        restored = [shared.tabs, *state, shared.reading, *shown]
+        self.n_restored = len(restored)
         self.restore.click(self.on_restore, self.session, restored, **TOLD)
         blocks.load(self.on_open, None, restored, **TOLD)
 
@@ -116,8 +118,8 @@ class Sidebar:
 
     def on_panel(self, *values: Any) -> list[Any]:
         """The program as JSON, Python and a shell command; of one that cannot be meant, why."""
-        state = _state(values)
         with told_to_the_visitor():
+            state = self.state(values)
             session = json.dumps(state.to_data(), indent=1)
             try:
                 program, *code = self.meant(state)
@@ -132,24 +134,32 @@ class Sidebar:
             SaehookError: it cannot be meant.
         """
         shared = self.shared
+        set_to = dict(
+            zip((c.elem_id for c in shared.controls), control_values(shared.controls, state.controls), strict=True)
+        )
         sampling = sampling_of(
-            state.sample, state.temperature, state.new_tokens, state.seed, shared.limits, state.top_p
+            set_to["sample"],
+            set_to["temperature"],
+            set_to["new-tokens"],
+            set_to["seed"],
+            shared.limits,
+            set_to["top-p"],
         )
         program = program_of(shared.hooked, state.program, shared.limits)
-        what = (shared.hooked, state.prompt, program, sampling, shared.sae_paths)
+        what = (shared.hooked, set_to["prompt"], program, sampling, shared.sae_paths, set_to["chat"])
         return program, python_for(*what), shell_for(*what)
 
     def on_export(self, *values: Any) -> str:
         """The session with what the lanes wrote, as a page that stands alone."""
         with told_to_the_visitor():
-            state = _state(values[: -len(LANES)])
+            state = self.state(values[: -len(LANES)])
             lanes: dict[str, Any] = dict(zip(LANES, values[-len(LANES) :], strict=True))
-            return session_page(state, *self.meant(state), lanes)
+            return session_page(state, str(state.controls.get("prompt", "")), *self.meant(state), lanes)
 
     def on_link(self, *values: Any) -> str:
         """The code in a link."""
         with told_to_the_visitor():
-            return _state(values).to_link()
+            return self.state(values).to_link()
 
     def on_restore(self, text: Any) -> list[Any]:
         """A session that was pasted is set again; nothing runs."""
@@ -161,7 +171,7 @@ class Sidebar:
         code = request.query_params.get("s")
         with told_to_the_visitor():
             if not code:
-                return [gr.skip()] * N_RESTORED
+                return [gr.skip()] * self.n_restored
             return self.restored(PageState.from_link(code))
 
     def restored(self, state: PageState) -> list[Any]:
@@ -172,48 +182,24 @@ class Sidebar:
         """
         shared = self.shared
         hooked, limits = shared.hooked, shared.limits
-        if len(state.prompt) > limits.prompt_chars:
-            raise ArgumentError(
-                f"The prompt has {len(state.prompt)} characters; this page allows {limits.prompt_chars}. Shorten it."
-            )
-        sampling_of(state.sample, state.temperature, state.new_tokens, state.seed, limits, state.top_p)
-        site = hooked.resolve_site(state.site or hooked.sites[0])
         editor = editor_value(hooked, limits)
         if state.program:
             fields = {name: state.program[name] for name in editor if name in state.program}
             editor |= {**fields, "sites": hooked.sites, "most": limits.edits}
             if len(checked_rows(editor)) > limits.edits:
                 raise ArgumentError(f"{len(editor['rows'])} edits are given; this page allows {limits.edits}.")
-        settings = [state.sample, state.temperature, state.top_p, state.new_tokens, state.seed]
-        settings.append([name for name in LANES if name in state.lanes])
-        reading = [None, NO_TOKENS, empty_table("Read the prompt to see its latents."), empty_table("")]
-        tabs = gr.Tabs(selected=state.tab)
-        return [tabs, state.tab, state.prompt, site, state.latent[:12], editor, *settings, *reading]
+        controls = control_values(shared.controls, state.controls)
+        reading = [None, NO_TOKENS, empty_table(UNREAD), empty_table("")]
+        return [gr.Tabs(selected=state.tab), state.tab, editor, state.tokens or None, *controls, *reading]
 
-
-N_RESTORED = 16
-
-
-def _state(values: tuple[Any, ...]) -> PageState:
-    """From the values of the controls, in the order of the fields."""
-    names = (
-        "tab",
-        "prompt",
-        "site",
-        "latent",
-        "program",
-        "sample",
-        "temperature",
-        "top_p",
-        "new_tokens",
-        "seed",
-        "lanes",
-    )
-    given = dict(zip(names, values, strict=True))
-    given["tab"] = given["tab"] if given["tab"] in TABS else TABS[0]
-    return PageState(**given)
+    def state(self, values: tuple[Any, ...]) -> PageState:
+        """From what a browser sends: the open tab, the editor's value, the chosen tokens, and the controls."""
+        tab, program, tokens, *rest = values
+        controls = {c.elem_id: v for c, v in zip(self.shared.controls, rest, strict=True) if v is not None}
+        tab = tab if tab in TABS else TABS[0]
+        return PageState(tab=tab, program=program, tokens=list(tokens or ()), controls=controls)
 
 
 def make_kind() -> gr.Dropdown:
     """What “Edit this latent” does with it."""
-    return gr.Dropdown(list(KINDS), value=next(iter(KINDS)), label="How", elem_id="kind", min_width=110, scale=2)
+    return gr.Dropdown(list(KINDS), value=next(iter(KINDS)), label="How", elem_id="kind", min_width=170, scale=4)

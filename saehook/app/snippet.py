@@ -26,9 +26,14 @@ CALLS = {
 
 
 def python_for(
-    hooked: HookedSAEs, text: str, program: Program, sampling: Sampling, sae_paths: Mapping[str, str]
+    hooked: HookedSAEs,
+    text: str,
+    program: Program,
+    sampling: Sampling,
+    sae_paths: Mapping[str, str],
+    chat: bool = False,
 ) -> str:
-    """A script that loads the model and the SAEs and writes the edited lane once more."""
+    """A script that loads the model and the SAEs and writes the edited lane once more; `chat`: the text is a message."""
     edits = [edit_code(edit) for edit in program.edits]
     plain = not program.parallel and program.norm is None and None not in edits
     calls = sorted({CALLS[edit.op] for edit in program.edits if isinstance(edit, Edit)}) if plain else []
@@ -40,7 +45,7 @@ def python_for(
     lines.append("})")
     if not plain:
         lines.append(f'program = saehook.Program.from_json(r"""{program.to_json()}""")')
-    lines += ["generation = hooked.generate(", f"    {text!r},"]
+    lines += ["generation = hooked.generate(", f"    {[{'role': 'user', 'content': text}] if chat else text!r},"]
     if not plain:
         lines.append("    edits=program,")
     elif edits:
@@ -53,9 +58,16 @@ def python_for(
     return "\n".join([*lines, ")", "print(generation.text)", "print(generation.report)", ""])
 
 
-def shell_for(hooked: HookedSAEs, text: str, program: Program, sampling: Sampling, sae_paths: Mapping[str, str]) -> str:
+def shell_for(
+    hooked: HookedSAEs,
+    text: str,
+    program: Program,
+    sampling: Sampling,
+    sae_paths: Mapping[str, str],
+    chat: bool = False,
+) -> str:
     """The same for a shell: the program as a file, and the command that runs it."""
-    words = ["saehook", "generate", text]
+    words = ["saehook", "generate", text, *(["--chat"] if chat else [])]
     if sae_paths:
         words += ["--lm", str(hooked.model.model_id)]
         words += ["--sae", *(sae_paths[site] for site in hooked.sites if site in sae_paths)]

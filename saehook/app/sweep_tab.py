@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from saehook.app.cancellable import Done, Progress, in_background
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.plots import make_plots, panel, plots_value
 from saehook.app.program_rows import check_program, checked_rows, edit_of, latent_row, with_row
-from saehook.app.reading import prompt_ids
+from saehook.app.reading import prompt_of
 from saehook.app.sampling import sampling_of
 from saehook.app.shared import ON_MODEL, QUIET, Shared, one_latent, whole
 from saehook.app.table import empty_table, make_table
@@ -27,7 +28,8 @@ from saehook.visible_text import one_line, visible
 HELP = """
 One edit at many strengths, all with the same noise: how far the next tokens move from the unedited model (KL), how likely one token
 becomes, how surprising the text is to the unedited model (loss), how much it repeats. Click a point or a row to take its strength
-over into the sidebar. The settings of the tab Generate hold here, too.
+over into the sidebar. With more prompts each has its curve, and the first one is their mean. The settings of the tab Generate hold
+here, too.
 """
 NOTHING = "Sweep to see what each strength does."
 STRENGTHS = "-0.8, -0.4, -0.2, 0.2, 0.4, 0.6, 0.8, 1.2"
@@ -44,7 +46,7 @@ class SweepTab:
         edits = [FIRST_LATENT, *(f"edit {i + 1}" for i in range(shared.limits.edits))]
         with gr.Row(elem_classes="bottom"):
             which = gr.Dropdown(
-                edits, value=FIRST_LATENT, label="Edit to sweep", elem_id="sweep-edit", min_width=150, scale=2
+                edits, value=FIRST_LATENT, label="Edit to sweep", elem_id="sweep-edit", min_width=210, scale=3
             )
             strengths = gr.Textbox(
                 STRENGTHS, label="Strengths, in the edit's unit", max_lines=1, max_length=400, elem_id="sweep-strengths",
@@ -56,10 +58,16 @@ class SweepTab:
             )  # fmt: skip
             run = gr.Button("Sweep", variant="primary", elem_id="sweep", min_width=90, scale=1)
             stop = gr.Button("Stop", variant="stop", elem_id="sweep-stop", min_width=80, scale=1)
+        more = gr.Textbox(
+            "", label="More prompts, one a line", lines=1, max_lines=4, max_length=shared.limits.prompt_chars,
+            elem_id="sweep-prompts",
+        )  # fmt: skip
+        shared.controls += [which, strengths, target, more]
         self.plots = make_plots(label="Dose and response", elem_id="sweep-plots")
         self.table = make_table(empty_table(NOTHING), label="Texts by strength", elem_id="sweep-table")
         done = gr.State(None)
-        inputs = [shared.prompt, shared.site, shared.latent, shared.editor, which, strengths, target, *sampling]
+        inputs = [shared.prompt, more, shared.chat, shared.site, shared.latent, shared.editor, which, strengths, target]
+        inputs += sampling
         running = run.click(
             self.on_sweep, inputs, [self.plots, self.table, done], api_visibility="private", show_progress="minimal",
             show_progress_on=self.table, **ON_MODEL,
@@ -69,30 +77,56 @@ class SweepTab:
             shown.select(self.on_take, [shared.editor, done], shared.editor, **QUIET)
 
     def on_sweep(
-        self, prompt: str, site: str, chosen: Any, value: Any, which: str, strengths: Any, target: Any, sample: Any,
-        temperature: Any, top_p: Any, new_tokens: Any, seed: Any,
+        self, prompt: str, more: Any, chat: Any, site: str, chosen: Any, value: Any, which: str, strengths: Any,
+        target: Any, sample: Any, temperature: Any, top_p: Any, new_tokens: Any, seed: Any,
     ) -> Iterator[tuple[Any, Any, Any]]:  # fmt: skip
-        """All strengths in one batch; what is shown meanwhile is how many tokens are there."""
+        """All strengths in one batch, a prompt at a time; what is shown meanwhile is how many tokens are there."""
         shared = self.shared
         with told_to_the_visitor():
             settings = sampling_of(sample, temperature, new_tokens, seed, shared.limits, top_p)
-            ids = prompt_ids(shared.hooked, prompt, shared.limits, settings.new_tokens)
+            texts = [prompt, *(line for line in str(more or "").splitlines() if line.strip())]
+            if len(texts) > shared.limits.prompts:
+                raise ArgumentError(f"{len(texts)} prompts are given; this page sweeps up to {shared.limits.prompts}.")
+            prompts = [
+                prompt_of(shared.hooked, text, shared.limits, settings.new_tokens, chat=bool(chat)) for text in texts
+            ]
             number, edit = self.edit(value, which, site, chosen)
             doses = numbers(strengths, shared.limits.strengths)
             for dose in doses:
-                check_program(shared.hooked, Program(edits=[replace(edit, value=dose)]), shared.limits, len(ids))
+                for one in prompts:
+                    check_program(
+                        shared.hooked, Program(edits=[replace(edit, value=dose)]), shared.limits, len(one.ids)
+                    )
             arguments = {**settings.arguments(), "max_time": shared.limits.seconds}
             wanted = str(target) if target else None
 
-            def work(progress: Progress) -> DoseResponse:
-                criteria = StoppingCriteriaList([Counting(progress, len(ids))])
-                return shared.hooked.sweep(ids, edit, doses, target=wanted, stopping_criteria=criteria, **arguments)
+            def work(progress: Progress) -> tuple[list[DoseResponse], bool]:
+                results, late = [], False
+                for i, one in enumerate(prompts):
+                    criteria = StoppingCriteriaList([Counting(progress, len(one.ids), f"prompt {i + 1}: ")])
+                    same = results[0].target if results else wanted
+                    began = time.monotonic()
+                    results.append(
+                        shared.hooked.sweep(
+                            one.given, edit, doses, target=same, stopping_criteria=criteria, **arguments
+                        )
+                    )
+                    late = late or time.monotonic() - began > shared.limits.seconds
+                return results, late
 
             with contextlib.closing(in_background(work)) as parts:
                 for part in parts:
                     if isinstance(part, Done):
                         kept = {"row": number, "edit": edit.to_data(), "strengths": doses}
-                        yield plots_of(part.result, edit), table_of(part.result), kept
+                        results, late = part.result
+                        table = table_of(results)
+                        if late:
+                            most = max(len(r.generation.new_ids) for result in results for r in result.rows)
+                            table["caption"] += (
+                                f" · ended by the time limit of {shared.limits.seconds:g} s a prompt: at most {most} of "
+                                f"{settings.new_tokens} tokens"
+                            )
+                        yield plots_of(results, edit), table, kept
                     elif part is not None:
                         yield gr.skip(), empty_table(f"{part} of {settings.new_tokens} tokens"), None
 
@@ -138,11 +172,11 @@ class SweepTab:
 class Counting(StoppingCriteria):
     """Says how many tokens are there, and ends the model at the next one when nobody waits."""
 
-    def __init__(self, progress: Progress, length: int) -> None:
-        self.progress, self.length = progress, length
+    def __init__(self, progress: Progress, length: int, before: str = "") -> None:
+        self.progress, self.length, self.before = progress, length, before
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.progress(input_ids.shape[1] - self.length)
+        self.progress(f"{self.before}{input_ids.shape[1] - self.length}")
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -173,47 +207,54 @@ def numbers(text: Any, most: int) -> list[float]:
     return found
 
 
-def plots_of(result: DoseResponse, edit: AnyEdit) -> dict[str, Any]:
-    """Target, KL, loss and repetition over the strength."""
-    rows, base = result.rows, result.unedited
-    token = one_line(visible(result.target_token))
+def plots_of(results: Sequence[DoseResponse], edit: AnyEdit) -> dict[str, Any]:
+    """Target, KL, loss and repetition over the strength; of several prompts the mean, and each."""
+    token = one_line(visible(results[0].target_token))
     panels = [
-        panel(
-            f"Log-probability of “{token}”",
-            {"next token": [r.target_logprob for r in rows], "mean of new ones": [r.mean_target_logprob for r in rows]},
-            base=base.target_logprob,
-        ),
-        panel("KL to the unedited model, nats a token", {"KL": [r.kl for r in rows]}, base=base.kl, zero=True),
-        panel("Loss of the text in the unedited model, nats a token", {"loss": [r.loss for r in rows]}, base=base.loss),
-        panel(
-            "Share of 4-grams that repeat",
-            {"repetition": [r.repetition for r in rows]},
-            base=base.repetition,
-            zero=True,
-        ),
+        _panel(f"Log-probability of “{token}” as next token", results, "target_logprob"),
+        _panel(f"Log-probability of “{token}”, mean of new tokens", results, "mean_target_logprob"),
+        _panel("KL to the unedited model, nats a token", results, "kl", zero=True),
+        _panel("Loss of the text in the unedited model, nats a token", results, "loss"),
+        _panel("Share of 4-grams that repeat", results, "repetition", zero=True),
     ]
-    strengths = [r.strength for r in rows if r.strength is not None]
+    strengths = [row.strength for row in results[0].rows if row.strength is not None]
     unit = {"raw": "", "norm": " × ‖x‖", "max": " × its max"}.get(edit.unit, f", {edit.unit}")
     return plots_value(strengths, panels, what="strength", below=f"strength{unit}")
 
 
-def table_of(result: DoseResponse) -> dict[str, Any]:
-    """The texts, one for each strength, and the unedited one last."""
+def _panel(title: str, results: Sequence[DoseResponse], measure: str, zero: bool = False) -> dict[str, Any]:
+    curves = [[getattr(row, measure) for row in result.rows] for result in results]
+    means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+    series: dict[str, Sequence[float]] = {"mean" if len(results) > 1 else measure: means}
+    if len(results) > 1:
+        series |= {f"prompt {i}": curve for i, curve in enumerate(curves, 1)}
+    base = sum(getattr(result.unedited, measure) for result in results) / len(results)
+    return panel(title, series, base=base, zero=zero)
+
+
+def table_of(results: Sequence[DoseResponse]) -> dict[str, Any]:
+    """The texts, one for each strength, and the unedited one last; of each prompt."""
+    several = len(results) > 1
     rows = []
-    for i, row in enumerate((*result.rows, result.unedited)):
-        cells = [
-            f"{row.kl:.3f}",
-            f"{row.dose:.3f}",
-            f"{row.loss:.3f}",
-            f"{row.repetition:.0%}",
-            one_line(visible(row.generation.text)),
-        ]
-        name = "unedited" if row.strength is None else f"{row.strength:g}"
-        rows.append({"key": i, "name": name, "cells": cells, "share": 0})
-    caption = f"Texts by strength · the prompt's {len(result.prompt_ids)} tokens ran " + (
-        f"once but for {len(result.prompt_ids) - result.shared_tokens}" if result.shared_tokens else "for each"
+    for number, result in enumerate(results, 1):
+        for i, row in enumerate((*result.rows, result.unedited)):
+            cells = [
+                f"{row.kl:.3f}",
+                f"{row.dose:.3f}",
+                f"{row.loss:.3f}",
+                f"{row.repetition:.0%}",
+                *([str(number)] if several else []),
+                one_line(visible(row.generation.text)),
+            ]
+            name = "unedited" if row.strength is None else f"{row.strength:g}"
+            rows.append({"key": i, "name": name, "cells": cells, "share": 0})
+    first = results[0]
+    caption = f"Texts by strength · the prompt's {len(first.prompt_ids)} tokens ran " + (
+        f"once but for {len(first.prompt_ids) - first.shared_tokens}" if first.shared_tokens else "for each"
     )
-    if not any(row.dose for row in result.rows):
+    if several:
+        caption = f"Texts by strength, of {len(results)} prompts"
+    if not any(row.dose for result in results for row in result.rows):
         caption += " · no strength changed anything: check where the edit acts"
-    columns = ["strength", "KL", "‖Δ‖/‖x‖", "loss", "repeated", "text"]
+    columns = ["strength", "KL", "‖Δ‖/‖x‖", "loss", "repeated", *(["prompt"] if several else []), "text"]
     return {"caption": caption, "what": "strength", "columns": columns, "rows": rows}

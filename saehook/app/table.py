@@ -6,10 +6,19 @@ from typing import Any
 
 import gradio as gr
 
+from saehook.app.downloads import SAVE_CSS, SAVE_JS
+
 JS = """
 const table = element.querySelector('.table');
 const make = (tag, text, name) => {
   const node = document.createElement(tag); node.textContent = text; if (name) node.className = name; return node; };
+const tools = element.querySelector('.save');
+const file = () => fileName(table.ariaLabel);
+const records = () => (props.value.rows || []).map(row => [row.name ?? row.key, ...row.cells]);
+tools.append(saveButton('CSV', table.ariaLabel, () => save(file() + '.csv', csv([props.value.columns, ...records()]), 'text/csv')),
+  saveButton('JSON', table.ariaLabel, () => save(file() + '.json', JSON.stringify({caption: props.value.caption,
+    rows: records().map(cells => Object.fromEntries(cells.map((cell, i) => [props.value.columns[i], cell])))}, null, 1),
+    'application/json')));
 const draw = () => {
   const focused = table.contains(document.activeElement) ? document.activeElement.dataset.key : null;
   const value = props.value || {};
@@ -37,6 +46,7 @@ const draw = () => {
   table.querySelector('caption').textContent = value.caption || '';
   table.querySelector('thead').replaceChildren(head);
   table.querySelector('tbody').replaceChildren(...rows);
+  tools.hidden = !rows.length;
   if (focused) table.querySelector('button[data-key="' + CSS.escape(focused) + '"]')?.focus();
 };
 draw();
@@ -72,7 +82,7 @@ def make_table(value: dict[str, Any], *, label: str, **component: Any) -> gr.HTM
     "selected"}]}`; it sends `select(key)`, unless `plain` says that there is nothing to choose.
 
     The key is a whole number; `share`, from -1 to 1, is a bar behind the first of the cells, `what` the kind of thing that a
-    row is.
+    row is. What it shows downloads as CSV or JSON.
 
     Args:
         label: the developer's text, never a visitor's: it becomes part of the template.
@@ -81,9 +91,9 @@ def make_table(value: dict[str, Any], *, label: str, **component: Any) -> gr.HTM
         value,
         label=label,
         html_template=f'<div class="box"><table class="table" aria-label="{label}">'
-        "<caption></caption><thead></thead><tbody></tbody></table></div>",
-        css_template=STYLE,
-        js_on_load=JS,
+        '<caption></caption><thead></thead><tbody></tbody></table></div><div class="save" hidden></div>',
+        css_template=STYLE + SAVE_CSS,
+        js_on_load=SAVE_JS + JS,
         apply_default_css=False,
         **component,
     )

@@ -21,6 +21,9 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add_saes(sub)
     sub.add_argument("prompt", nargs="?", default=DEFAULT_PROMPT, help="text to continue")
     sub.add_argument(
+        "--chat", action="store_true", help="the prompt is a user's message, put into the model's chat template"
+    )
+    sub.add_argument(
         "--edits", metavar="FILE", help="a program file, hf:owner/name[,revision=..], or bare edits (Program.to_json)"
     )
     sub.add_argument(
@@ -85,6 +88,10 @@ def run(arguments: argparse.Namespace) -> None:
     from saehook.program_file import load_edits
     from saehook.replay import compare_files, save_program
 
+    if arguments.chat and arguments.save_program is not None:
+        raise ArgumentError(
+            "--save-program keeps a prompt that is plain text. Leave out --chat, or keep no program file."
+        )
     program, file = Program(splice=arguments.splice, error=arguments.error), None
     if arguments.edits is not None:
         program, file = load_edits(arguments.edits)
@@ -104,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)  # said below
         result = hooked.generate(
-            arguments.prompt,
+            [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt,
             edits=program,
             seed=arguments.seed,
             report=arguments.report,

@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -24,6 +25,7 @@ from playwright.sync_api import Page, sync_playwright
 
 import saehook
 from saehook.app import Limits, serve
+from saehook.app.token_strip import NO_TOKENS, make_strip
 
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync".split()
@@ -65,18 +67,32 @@ def rss() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-# Draws a strip of so many tokens as an answer of the server does, and says after how many seconds it is on the screen.
-LONG_STRIP = """n => new Promise(done => {
-  const strip = document.querySelector('#strip .strip'), began = performance.now();
-  strip.replaceChildren(...Array.from({length: n}, (_, i) => { const span = document.createElement('span');
-    span.className = 'token'; span.textContent = ' token' + i; span.style.setProperty('--share', i / n); return span; }));
-  requestAnimationFrame(() => requestAnimationFrame(() => done((performance.now() - began) / 1000))); })"""
+def strip_drawn(page: Page) -> float:
+    """From the click that asks for a strip of `TOKENS` until the browser has painted it."""
+    import gradio as gr  # after saehook.app, which tells it what to leave
+
+    tokens = [{"text": f" token{i}", "share": i / TOKENS, "title": f"token {i}"} for i in range(TOKENS)]
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        strip = make_strip(NO_TOKENS, label="Tokens", elem_id="strip")
+        button = gr.Button("Draw", elem_id="draw")
+        button.click(lambda: {"tokens": tokens, "legend": "drawn"}, None, strip, queue=False, show_progress="hidden")
+    blocks.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False)
+    page.goto(str(blocks.local_url))
+    page.locator("#draw").wait_for()
+
+    def draw() -> None:
+        page.locator("#draw").click()
+        page.locator("#strip .token").nth(TOKENS - 1).wait_for()
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    took = seconds(draw)
+    blocks.close()
+    return took
 
 
 def in_browser(page: Page, url: str) -> dict[str, float]:
-    found = {}
+    found = {"strip drawn, s": strip_drawn(page)}
     found["first page load, s"] = seconds(lambda: (page.goto(url), page.locator("#strip .token").first.wait_for()))
-    found["strip drawn, s"] = page.evaluate(LONG_STRIP, TOKENS)
     page.locator("#read").click()
     page.wait_for_timeout(2000)
     caption = page.locator("#table caption", has_text="token 2")
@@ -84,7 +100,7 @@ def in_browser(page: Page, url: str) -> dict[str, float]:
         lambda: (page.locator("#strip .token").nth(2).click(), caption.wait_for())
     )
     page.get_by_role("tab", name="Generate", exact=True).click()
-    status = page.locator("#lane-base .status", has_text="of 60 tokens").or_(
+    status = page.locator("#lane-base .status", has_text=re.compile(r"[1-9]\d* of 60 tokens")).or_(
         page.locator("#lane-base .lane[data-state=done]")
     )
     found["first streamed token, s"] = seconds(lambda: (page.locator("#generate").click(), status.first.wait_for()))
@@ -133,7 +149,14 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:40} {value:8.3f}  (at most {LIMITS[name]:g})")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        # Others' work on the machine shows in the load: 0 to 2 are those of this script.
+        result = {
+            "load average, 1 min": os.getloadavg()[0],
+            "cores": os.cpu_count(),
+            "measured": found,
+            "at most": LIMITS,
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
     app.close()
 
 

@@ -49,8 +49,8 @@ def visit(browser, url) -> Iterator[Callable]:
         if not left:
             errors.append(error)
 
-    def open_page(query: str = "?__theme=light", wait: str = "#strip .token"):
-        context = browser.new_context(viewport={"width": 1280, "height": 900})
+    def open_page(query: str = "?__theme=light", wait: str = "#strip .token", width: int = 1280):
+        context = browser.new_context(viewport={"width": width, "height": 900})
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
@@ -58,7 +58,7 @@ def visit(browser, url) -> Iterator[Callable]:
         page.on("pageerror", lambda error: note(str(error)))
         page.on("console", lambda message: note(message.text) if message.type == "error" else None)
         page.goto(url + query)
-        page.locator(wait).first.wait_for()
+        page.locator(wait).first.wait_for(timeout=60_000)
         return page
 
     open_page.leaves = lambda: left.append(True)  # pyright: ignore[reportFunctionMemberAccess]

@@ -6,6 +6,8 @@ import json
 import re
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from app_fixtures import HOSTILE, SITES, tiny
@@ -24,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
 ]
 PROMPT = "hello, world"
+TABS = ("Inspect", "Generate", "Sweep", "Attribution", "Latent", "Search", "SAE card")
 SAMPLED = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.8, "seed": 0}
 """What the page does unless told otherwise."""
 
@@ -149,7 +152,16 @@ def test_a_link_restores_all_and_runs_nothing(visit):
     page.locator("#edit-2-as-json").click()
     page.locator("#edit-2-json").fill(json.dumps(program.edits[0].to_data()))
     page.locator("#edit-2-on").uncheck()
+    page.locator("#strip .token").nth(2).click()
+    choose(page, "#colour", "loss, nats")
+    page.locator("#least input").fill("0.5")
+    tab(page, "Sweep")
+    page.locator("#sweep-strengths input").fill("1, 2")
+    page.locator("#sweep-prompts textarea").fill("abc")
+    tab(page, "Search")
+    page.locator("#here textarea").fill("here")
     set_new_tokens(page, 5)
+    choose(page, "#control", "a system prompt")
     page.get_by_text("JSON, Python, shell, link").click()
     page.locator("#copy-link").click()
     expect(page.locator("#link textarea, #link input")).to_have_value(re.compile(r"\?s=\S+"))
@@ -166,6 +178,19 @@ def test_a_link_restores_all_and_runs_nothing(visit):
     expect(other.locator("#lane-base .lane")).to_have_attribute("data-state", "idle")
     tab(other, "Inspect")
     expect(other.locator("#table caption")).to_have_text("Read the prompt to see its latents.")
+    expect(other.locator("#least input")).to_have_value("0.5")
+    expect(other.locator("#colour input")).to_have_value("loss, nats")
+    other.locator("#read").click()
+    expect(other.locator("#table caption")).to_contain_text("of token 2, “l”")
+    expect(other.locator("#latent input")).to_have_value("7")
+    tab(other, "Sweep")
+    expect(other.locator("#sweep-strengths input")).to_have_value("1, 2")
+    expect(other.locator("#sweep-prompts textarea")).to_have_value("abc")
+    expect(other.locator("#sweep-table caption")).to_have_text("Sweep to see what each strength does.")
+    tab(other, "Search")
+    expect(other.locator("#here textarea")).to_have_value("here")
+    tab(other, "Generate")
+    expect(other.locator("#system textarea")).to_be_visible()
 
     other.locator("#preset-name").fill("<b>mine")
     other.locator("#save-preset").click()
@@ -224,15 +249,20 @@ def test_facts_and_contexts_of_a_latent(visit):
     card = latent_card(tiny(), 3, SITES[0])
     expect(page.locator("#facts caption")).to_contain_text(f"Latent 3 of 96 at {SITES[0]}")
     expect(page.locator("#near tbody button")).to_have_text([str(one.latent) for one in card.neighbours])
+    expect(page.locator("#latent-density figcaption")).to_contain_text("How often latents fire: 0 of 96")
     choose(page, "#scan-text", "the prompt, line by line")
     fires = tiny().latents(HOSTILE[0], SITES[0]).top(1)[0].latent
     page.locator("#latent input").fill(str(fires))
     page.locator("#scan").click()
     expect(page.locator("#scan-plots figcaption")).to_contain_text("100% read")
     expect(page.locator("#contexts .piece.top").first).to_be_visible()
+    page.locator("#ablate-examples").click()
+    expect(page.locator("#contexts .change").first).to_have_text(re.compile(r"[+-]\d\.\d{4}"))
+    expect(page.locator("#contexts h4").first).to_contain_text("Without the latent the loss of")
     with page.expect_download() as download:
         page.locator("#export-latent").click()
     assert f"Latent {fires} of 96" in download.value.path().read_text()
+    assert "loss when ablated" in download.value.path().read_text()
     page.locator("#label input").fill("<b>label")
     page.locator("#save-note").click()
     expect(page.locator(".toast-body")).to_contain_text("came from no folder")
@@ -246,6 +276,63 @@ def test_facts_and_contexts_of_a_latent(visit):
     expect(page.locator("#card caption")).to_have_text(f"SAE at {SITES[0]}")
     assert page.locator("#contexts img, #contexts script, .toast-body b").count() == 0
     assert page.evaluate("typeof window.PWN") == "undefined"
+
+
+def test_tables_and_pictures_are_kept_as_files(visit):
+    page = visit()
+    read(page, PROMPT)
+    hits = tiny().latents(PROMPT, SITES[0]).top(3)
+    kept = saved(page, "CSV of Strongest latents")
+    assert [line.split(",")[0] for line in kept.read_text().splitlines()[:4]] == [
+        '"latent"',
+        *(f'"{hit.latent}"' for hit in hits),
+    ]
+    rows = json.loads(saved(page, "JSON of Strongest latents").read_text())["rows"]
+    assert rows[0]["largest activation"] == f"{hits[0].activation:.3g}"
+    tab(page, "SAE card")
+    title = "How often latents fire: 0 of 96 never did"
+    assert saved(page, f"SVG of {title}").read_text().startswith("<svg")
+    assert saved(page, f"PNG of {title}").read_bytes().startswith(b"\x89PNG")
+    page.get_by_role("button", name="JSON of all numbers").first.wait_for()
+    assert saved(page, "CSV of Facts about the SAE").read_text().startswith('"fact","value"')
+
+
+def saved(page: Page, button: str) -> Path:
+    """The file that a button keeps."""
+    with page.expect_download() as download:
+        page.get_by_role("button", name=button, exact=True).click()
+    return download.value.path()
+
+
+def test_a_chat_and_a_system_prompt_as_control(visit):
+    page = visit()
+    page.locator("#prompt textarea").fill("hi")
+    page.locator("#chat input").check()
+    page.locator("#read").click()
+    expect(page.locator("#strip .token")).to_have_count(len("[user]hi\n[assistant]"))
+    set_new_tokens(page, 5)
+    for lane in ("Spliced", "Edited"):
+        page.locator("#chosen-lanes").get_by_label(lane).uncheck()
+    page.locator("#chosen-lanes").get_by_label("Control").check()
+    choose(page, "#control", "a system prompt")
+    page.locator("#system textarea").fill("be kind")
+    page.locator("#generate").click()
+    expect(page.locator("#lane-control .lane")).to_have_attribute("data-state", "done", timeout=60_000)
+    expect(page.locator("#lane-control .prompt")).to_contain_text("[system]be kind")
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    settings: Any = SAMPLED | {"max_new_tokens": 5}
+    for lane, given in (("control", messages), ("base", messages[1:])):
+        ids = tiny().generate(given, **settings).new_ids.tolist()
+        assert lane_text(page, lane) == visible(tiny().tokenizer.decode(ids))
+
+
+def test_a_narrow_window_opens_without_the_sidebar(visit):
+    page = visit(width=700)
+    expect(page.locator(".sidebar.open")).to_have_count(0)
+    page.locator("#strip .token").nth(2).click()
+    expect(page.locator("#table caption")).to_contain_text("token 2")
+    page.locator(".sidebar .toggle-button").click()
+    expect(page.locator("#add-edit")).to_be_visible()
 
 
 def test_a_range_of_tokens_and_other_colours(visit):
@@ -449,6 +536,69 @@ def test_text_can_be_read_in_both_themes(visit, theme):
     check_contrast(page, "#table .box", "caption", "tbody td:nth-child(3)", "tbody button")
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_each_tab_by_keyboard_in_both_themes(visit, theme):
+    """Whatever a tab does is started from the keyboard, and what it shows can be read."""
+    page = visit(f"?__theme={theme}")
+    read(page, PROMPT)
+    page.locator("#latent input").fill("3")
+    number = "3"
+
+    def press(*path: str, key: str = "Enter") -> None:
+        for selector in path:
+            page.locator(selector).first.focus()
+            page.keyboard.press(key)
+
+    def type_into(selector: str, text: str) -> None:
+        page.locator(selector).focus()
+        page.keyboard.press("Control+a")
+        page.keyboard.type(text)
+
+    def open_tab(name: str) -> None:
+        page.get_by_role("tab", name=name, exact=True).focus()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
+
+    open_tab("Generate")
+    type_into("#new-tokens input[type=number]", "3")
+    page.keyboard.press("Tab")
+    open_tab("Sweep")
+    type_into("#sweep-strengths input", "1, 2")
+    press("#sweep")
+    expect(page.locator("#sweep-table tbody tr")).to_have_count(3, timeout=60_000)
+    press("#sweep-table tbody button")
+    expect(page.locator("#edit-1-strength")).to_have_value("1")
+    check_contrast(page, "#sweep-table .box", "caption", "tbody td:nth-child(3)", "tbody button")
+    check_contrast(page, "#sweep-plots figure", "figcaption", ".save button")
+    open_tab("Attribution")
+    type_into("#attribution-token input", "e")
+    press("#attribute")
+    expect(page.locator("#attribution-up tbody button").first).to_be_visible()
+    number = page.locator("#attribution-up tbody button").first.inner_text()
+    press("#attribution-up tbody button")
+    expect(page.locator("#latent input")).to_have_value(number)
+    check_contrast(page, "#attribution-up .box", "caption", "tbody td:nth-child(3)", "tbody button")
+    open_tab("Latent")
+    press("#show-latent")
+    expect(page.locator("#facts caption")).to_contain_text(f"Latent {number} of 96")
+    check_contrast(page, "#facts .box", "caption", "tbody td")
+    press("#near tbody button")
+    expect(page.locator("#facts caption")).not_to_contain_text(f"Latent {number} of 96")
+    open_tab("Search")
+    type_into("#search-token input", "e")
+    press("#by-token")
+    expect(page.locator("#found tbody button").first).to_be_visible()
+    number = page.locator("#found tbody button").first.inner_text()
+    press("#found tbody button")
+    expect(page.locator("#latent input")).to_have_value(number)
+    check_contrast(page, "#found .box", "caption", "tbody td:nth-child(3)", "tbody button")
+    open_tab("SAE card")
+    expect(page.locator("#card caption")).to_have_text(re.compile("SAE at "))
+    check_contrast(page, "#card .box", "caption", "tbody td")
+    open_tab("Inspect")
+    expect(page.locator("#strip .token").first).to_be_visible()
+
+
 def check_contrast(page: Page, behind: str, *texts: str) -> None:
     for text in texts:
         selector = text if text.startswith("#") else f"{behind} {text}"
@@ -462,6 +612,6 @@ def test_nothing_is_wider_than_the_window(visit):
         page.wait_for_timeout(300)
         if width < 768:  # there the sidebar lies over the page until it is closed
             page.locator("#sidebar .toggle-button").click()
-        for name in ("Inspect", "Generate", "Sweep", "Attribution"):
+        for name in TABS:
             tab(page, name)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, name
