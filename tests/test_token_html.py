@@ -70,12 +70,12 @@ def test_a_page_about_a_latent_stands_alone():
 
 
 def test_a_session_stands_alone_and_holds_what_restores_it():
-    state = PageState(prompt=HOSTILE[0], latent="3")
+    state = PageState(controls={"prompt": HOSTILE[0], "latent": "3"})
     lanes = {
         "Base": {"prompt": "p", "text": HOSTILE[1], "status": "<b>", "notes": [{"text": HOSTILE[0]}, 3]},
         "Edited": 5,
     }
-    page = session_page(state, Program(edits=[ablate(3)]), "print('<b>')", "saehook", lanes)
+    page = session_page(state, HOSTILE[0], Program(edits=[ablate(3)]), "print('<b>')", "saehook", lanes)
     found = Tags(page)
     assert not found.tags & {"script", "img", "b"}
     assert HOSTILE[1] in found.text
