@@ -48,12 +48,15 @@ def suite_sections(suite: Mapping[str, Any]) -> Iterator[str]:
 
 
 def measure_text(row: Mapping[str, Any]) -> str:
-    """`0.21 [0.2 … 0.23]`; an interval and what is missing where there was too little; – where there is no number."""
+    """`0.21 [0.2 … 0.23]`; the interval alone where it is wider than twice the number, and with what is missing where there
+    was too little; – where there is no number."""
     value, low, high = row["value"], row["low"], row["high"]
     interval = "unknown" if low is None or high is None else f"{low:.3g} … {high:.3g}"
     if row["few"]:
         return f"{interval} ({row['few']})"
-    return "–" if value is None else f"{value:.3g}" + ("" if low is None or high is None else f" [{interval}]")
+    if value is None or low is None or high is None:
+        return "–" if value is None else f"{value:.3g}"
+    return interval if high - low > 2 * abs(value) else f"{value:.3g} [{interval}]"
 
 
 def _table(rows: Sequence[Mapping[str, Any]], saes: Sequence[str]) -> str:
