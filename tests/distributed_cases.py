@@ -1,0 +1,230 @@
+"""What the processes of a world do in the tests of `saehook.distributed`; the comparisons are made where the numbers are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saehook import kernels
+from saehook.batches import InputFacts
+from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, MultiTopK, ReLU, TopK, TrainConfig
+from saehook.devices import OneDevice
+from saehook.distributed import selection
+from saehook.distributed.mesh import Mesh
+from saehook.distributed.shards import LATENT_AXES, Shards
+from saehook.optim import DecoderConstrainedAdam
+from saehook.sae_run import SAERun
+
+SITE = "layers.0.resid_post"
+D_IN, D_SAE, BATCH = 12, 38, 54  # sizes that 3 and 4 do not divide
+MeshOf = Callable[..., Mesh]
+
+
+class FirstOfEquals(OneDevice):
+    """One device that keeps the first of equal pre-activations: the definition, by a stable sort of everything."""
+
+    def topk(self, pre_acts: Tensor, k: int, d_sae: int, *, descending: bool = False) -> kernels.Selection:
+        n = len(pre_acts)
+        latents = pre_acts.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        tokens = torch.arange(n)[:, None].expand(n, k)
+        return kernels.Selection(tokens.reshape(-1), latents.reshape(-1), n, d_sae, order="token")
+
+    def batch_topk(self, pre_acts: Tensor, k: int, d_sae: int) -> kernels.Selection:
+        flat = pre_acts.reshape(-1).sort(descending=True, stable=True).indices[: k * len(pre_acts)]
+        return kernels.Selection(flat // d_sae, flat % d_sae, len(pre_acts), d_sae)
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
+
+
+def kept(shape: tuple[int, ...], chosen: kernels.Selection, pre_acts: Tensor) -> Tensor:
+    """The pairs that are kept and fire, as a mask."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[chosen.tokens, chosen.latents] = True
+    return mask & ~(pre_acts <= 0)
+
+
+def pre_activations(seed: int, dtype: torch.dtype) -> Tensor:
+    """Some with many equal ones, some with few that are positive, some with numbers that are hardly any."""
+    draw = torch.Generator().manual_seed(seed)
+    match seed % 4:
+        case 0:
+            x = torch.randn(BATCH, D_SAE, generator=draw, dtype=torch.float64)
+        case 1:
+            x = torch.randint(-3, 4, (BATCH, D_SAE), generator=draw).double()
+        case 2:
+            x = torch.randint(-9, 2, (BATCH, D_SAE), generator=draw).double()
+            x[:, D_SAE // 2 :] = -1  # nothing fires there
+        case _:
+            x = torch.rand(BATCH, D_SAE, generator=draw, dtype=torch.float64).round(decimals=1) * 1e-42
+    return x.to(dtype)
+
+
+def selects(mesh_of: MeshOf, data: int, latent: int) -> int:
+    """Both rules against their definitions; the number of cases."""
+    mesh = mesh_of(data, latent)
+    shards, one = Shards(mesh), FirstOfEquals()
+    rows, cases = shards.latents(D_SAE), 0
+    for dtype, seeds in ((torch.float32, range(5)), (torch.float64, (1,))):
+        for seed in seeds:
+            whole = pre_activations(seed, dtype)
+            part = shards.tokens(whole)[:, rows].contiguous()
+            laid_out = (part, part.T.contiguous().T)[seed % 2]  # both layouts that kernels make
+            for k in (1, 17, D_SAE):
+                expected = shards.tokens(kept(whole.shape, one.topk(whole, k, D_SAE), whole))[:, rows]
+                ways = (False, True) if latent.bit_count() == 1 else (False,)
+                for butterfly in ways:
+                    found = selection.topk(laid_out, k, mesh, D_SAE, shards.widest(D_SAE), butterfly=butterfly)
+                    assert torch.equal(kept(part.shape, found, part), expected), (dtype, seed, k, butterfly)
+                expected = shards.tokens(kept(whole.shape, one.batch_topk(whole, k, D_SAE), whole))[:, rows]
+                found = shards.batch_topk(laid_out, k, D_SAE)
+                assert torch.equal(kept(part.shape, found, part), expected), (dtype, seed, k)
+                cases += 1
+    return cases
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "topk": {"activation": TopK(k=5), "auxk_coefficient": 0.0},
+    "topk, k above a shard": {"activation": TopK(k=21), "auxk_coefficient": 0.0},
+    "batchtopk": {"activation": BatchTopK(k=5), "auxk_coefficient": 0.0},
+    "topk, auxk": {"activation": TopK(k=4), "dead_after_tokens": BATCH, "k_aux": 6, "k_anneal_steps": 3},
+    "batchtopk, auxk": {"activation": BatchTopK(k=3), "dead_after_tokens": 1, "k_aux": 30, "clip_norm": 0.05},
+    "jumprelu": {"activation": JumpReLU(), "target_l0": 5.0},
+    "jumprelu, coefficient": {"activation": JumpReLU(), "sparsity_coefficient": 0.01, "auxk_coefficient": 0.1, "k_aux": 4,
+                              "dead_after_tokens": BATCH, "ema_decay": 0.9},
+    "relu": {"activation": ReLU(), "target_l0": 5.0, "clip_norm": 0.3},
+    "relu, decoder norm": {"activation": ReLU(), "sparsity_coefficient": 0.02, "decoder_norm_penalty": True},
+    "gated": {"activation": Gated(), "target_l0": 4.0},
+    "matryoshka": {"activation": Matryoshka(k=4, fractions=(0.25, 0.25, 0.5))},
+    "multitopk": {"activation": MultiTopK(k=3, multiple=3), "auxk_coefficient": 0.0},
+}  # fmt: skip
+ASKED = ("topk", "topk, k above a shard", "batchtopk", "topk, auxk", "batchtopk, auxk", "jumprelu")
+
+
+def config(name: str, **changes: Any) -> TrainConfig:
+    settings = {
+        "site": SITE,
+        "d_sae": D_SAE,
+        "tokens": 100 * BATCH,
+        "batch_tokens": BATCH,
+        "lr": 3e-3,
+        "warmup_steps": 2,
+    }
+    return TrainConfig(**settings | CONFIGS[name] | changes)
+
+
+def tokens(n: int, seed: int) -> Tensor:
+    """Sums of few directions, float64."""
+    draw = torch.Generator().manual_seed(seed)
+    directions = torch.randn(40, D_IN, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    weights = torch.rand(n, 40, generator=draw, dtype=torch.float64)
+    return weights * (torch.rand(n, 40, generator=draw) < 0.1) @ directions + 0.05 * torch.randn(
+        n, D_IN, generator=draw, dtype=torch.float64
+    )
+
+
+def double_run(settings: TrainConfig, devices: OneDevice, facts: InputFacts) -> SAERun:
+    """A run in float64. Latents of the last fifth cannot fire: with four devices one of them has nothing that is active."""
+    run = SAERun(settings, "run", facts, devices=devices)
+    rows = devices.latents(settings.d_sae)
+    with torch.no_grad():
+        for parameter in run.method.parameters.values():
+            parameter.data = parameter.data.double()
+        run.sae.b_dec.copy_(facts.center)
+        silent = torch.arange(settings.d_sae)[rows] >= settings.d_sae - settings.d_sae // 4
+        run.sae.b_enc[silent] = -10.0
+    run.method._no_center = run.method._no_center.double()
+    run.averages = {name: average.double() for name, average in run.averages.items()}
+    before = run.optimizer
+    run.optimizer = DecoderConstrainedAdam(
+        run.method.parameters,
+        lr=before.peak_lr,
+        steps=before.steps,
+        warmup_steps=before.warmup_steps,
+        decay_share=before.decay_share,
+        beta1=settings.resolved_adam_beta1,
+        eps=settings.adam_eps,
+        clip_norm=before.clip_norm,
+        unit_rows=run.method.unit_rows,
+        devices=devices,
+    )
+    return run
+
+
+def assert_near(found: Tensor, expected: Tensor, what: Any, tolerance: float = 1e-12) -> None:
+    assert found.shape == expected.shape, what
+    largest = max(1e-3, float(expected.detach().abs().max())) if expected.numel() else 1.0
+    error = float((found - expected).detach().abs().max()) / largest if expected.numel() else 0.0
+    assert error <= tolerance, (what, error)
+
+
+def compare(run: SAERun, whole: SAERun, shards: Shards, what: Any, tolerance: float = 1e-12) -> None:
+    """Parameters, gradients (as Adam has them), counters and thresholds of one device against the rows of the whole run."""
+    rows = shards.latents(whole.config.d_sae)
+    found, _ = run.state()
+    for name, expected in whole.state()[0].items():
+        part, rest = name.split(".", 1)
+        parameter = rest.split(".")[0]
+        if part in ("sums", "method") or name == "run.bad" or name == "run.dead":
+            continue
+        axis = LATENT_AXES.get(parameter, 0 if parameter in ("r_mag", "b_mag", "tokens_since_fired") else None)
+        if name == "run.threshold":
+            axis = None
+        if part == "optimizer":
+            axis = None if rest.endswith(".step") or axis is None else 0
+        if axis is not None:
+            expected = expected.narrow(axis, rows.start, rows.stop - rows.start)
+        assert_near(found[name].double(), expected.double(), (*what, name), tolerance)
+
+
+def steps(mesh_of: MeshOf, data: int, latent: int, names: tuple[str, ...], n_steps: int) -> dict[str, list[float]]:
+    """So many steps of each method beside the run of one device; the losses."""
+    shards = Shards(mesh_of(data, latent))
+    facts = InputFacts.measure(tokens(500, 0), SITE)
+    curves = {}
+    for name in names:
+        run, whole = (double_run(config(name), devices, facts) for devices in (shards, OneDevice()))
+        curves[name] = []
+        for step in range(n_steps):
+            batch = {SITE: tokens(BATCH, 100 + step)}
+            run.step(batch)
+            whole.step(batch)
+            found, expected = run.read_metrics(), whole.read_metrics()
+            for key, value in expected.items():
+                assert abs(found[key] - value) <= 1e-12 * max(1e-3, abs(value)), (name, step, key, found[key], value)
+            curves[name].append(found["loss"])
+            if step < 3:
+                compare(run, whole, shards, (name, step), 1e-12 if step == 0 else 1e-10)
+        if "auxk" in name:
+            assert found["auxk"] > 0, "the auxiliary loss was never at work"
+    return curves
+
+
+def ties(mesh_of: MeshOf, data: int, latent: int) -> list[float]:
+    """One step on whole numbers, whose products are exact on any device, so that most pre-activations have equals."""
+    shards = Shards(mesh_of(data, latent))
+    facts = InputFacts(1.0, torch.zeros(D_IN, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64))
+    draw = torch.Generator().manual_seed(3)
+    W_enc = torch.randint(-1, 2, (D_IN, D_SAE), generator=draw).double()
+    batch = {SITE: torch.randint(-1, 2, (BATCH, D_IN), generator=draw).double()}
+    batch[SITE][BATCH // 2 :] = batch[SITE][: BATCH - BATCH // 2]  # equal tokens, on other devices
+    losses = []
+    for name in ASKED:
+        both = []
+        for devices in (shards, FirstOfEquals()):
+            run = double_run(config(name), devices, facts)
+            run.sae.W_enc.data.copy_(W_enc[:, devices.latents(D_SAE)])
+            run.sae.b_enc.data.zero_()
+            run.tokens_since_fired[::2] = 10_000  # dead until they fire
+            run.step(batch)
+            both.append(run)
+        compare(*both, shards, (name, "ties"))
+        found, expected = (run.read_metrics()["loss"] for run in both)
+        assert abs(found - expected) <= 1e-12 * abs(expected), name
+        losses.append(found)
+    return losses
