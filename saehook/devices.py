@@ -6,7 +6,7 @@ have) and sees some tokens of each batch. With one device every question has the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +168,10 @@ class OneDevice:
     def main_says(self, here: bool) -> bool:
         """What the main process says."""
         return here
+
+    def main_does(self, do: Callable[[], Any]) -> Any:
+        """What `do` gives on the main process, to all; an error there is raised on all."""
+        return do()
 
     def save_state(self, folder: Path, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
         """See `run_state.save_state`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from saehook.devices import OneDevice
 from saehook.distributed import selection
 from saehook.distributed.mesh import Mesh
 from saehook.distributed.shards import LATENT_AXES, Shards
+from saehook.losses import total_variance
 from saehook.optim import DecoderConstrainedAdam
 from saehook.sae_run import SAERun
 
@@ -35,6 +37,32 @@ class FirstOfEquals(OneDevice):
     def batch_topk(self, pre_acts: Tensor, k: int, d_sae: int) -> kernels.Selection:
         flat = pre_acts.reshape(-1).sort(descending=True, stable=True).indices[: k * len(pre_acts)]
         return kernels.Selection(flat // d_sae, flat % d_sae, len(pre_acts), d_sae)
+
+    def add_auxk_gradient(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        center: Tensor,
+        dead: Tensor,
+        k_aux: int,
+        coefficient: float,
+    ) -> Tensor:
+        parameters = W_enc, b_enc, W_dec, center
+        with torch.enable_grad():
+            W, b, D, c = (parameter.detach().clone().requires_grad_() for parameter in parameters)
+            pre = (x - c) @ W[:, dead] + b[dead]
+            order = pre.sort(dim=1, descending=True, stable=True).indices[:, :k_aux]
+            acts = torch.zeros_like(pre).scatter(1, order, pre.gather(1, order).relu())
+            loss = (acts @ D[dead] - residual).square().sum(-1).mean() / total_variance(residual)
+            (coefficient * loss).backward()
+        for parameter, copy in zip(parameters, (W, b, D, c), strict=True):
+            assert parameter.grad is not None
+            assert copy.grad is not None
+            parameter.grad += copy.grad
+        return loss.detach()
 
 
 # --- selection -------------------------------------------------------------------------------------------------------
@@ -220,7 +248,9 @@ def ties(mesh_of: MeshOf, data: int, latent: int) -> list[float]:
             run = double_run(config(name), devices, facts)
             run.sae.W_enc.data.copy_(W_enc[:, devices.latents(D_SAE)])
             run.sae.b_enc.data.zero_()
-            run.tokens_since_fired[::2] = 10_000  # dead until they fire
+            run.tokens_since_fired[torch.arange(D_SAE)[devices.latents(D_SAE)] % 2 == 0] = (
+                10_000  # dead until they fire
+            )
             run.step(batch)
             both.append(run)
         compare(*both, shards, (name, "ties"))
@@ -228,3 +258,101 @@ def ties(mesh_of: MeshOf, data: int, latent: int) -> list[float]:
         assert abs(found - expected) <= 1e-12 * abs(expected), name
         losses.append(found)
     return losses
+
+
+def two_shards(mesh_of: MeshOf) -> None:
+    """In one world, since starting it costs most."""
+    ties(mesh_of, 1, 2)
+    steps(mesh_of, 1, 2, ASKED, 3)
+
+
+# --- curves, checkpoints, bytes --------------------------------------------------------------------------------------
+
+CURVES = ("topk, auxk", "batchtopk, auxk", "jumprelu")
+
+
+def part_of_a_curve(
+    mesh_of: MeshOf | None, data: int, latent: int, folder: str, first: int, end: int
+) -> list[list[float]]:
+    """The losses of some steps of `CURVES`, from the checkpoint in the folder if they are not the first; then another one.
+    Without `mesh_of` on one device without torch.distributed."""
+    devices = OneDevice() if mesh_of is None else Shards(mesh_of(data, latent))
+    facts = InputFacts.measure(tokens(500, 0), SITE)
+    runs = [double_run(config(name, lr=1e-3), devices, facts) for name in CURVES]
+    if first:
+        tensors, found, _ = devices.load_state(Path(folder))
+        for i, run in enumerate(runs):
+            prefix = f"runs.{i}."
+            own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            run.load_state(own, found["runs"][i])
+    losses: list[list[float]] = [[] for _ in runs]
+    for step in range(first, end):
+        for run, curve in zip(runs, losses, strict=True):
+            run.step({SITE: tokens(BATCH, 1000 + step)})
+            curve.append(run.read_metrics()["loss"])
+    tensors, kept = {}, {"configs": [{"d_sae": D_SAE}] * len(runs), "runs": []}
+    for i, run in enumerate(runs):
+        own, numbers = run.state()
+        tensors |= {f"runs.{i}.{name}": x for name, x in own.items()}
+        kept["runs"].append(numbers)
+    devices.save_state(Path(folder), end, tensors, kept)
+    return losses
+
+
+def bytes_sent(mesh_of: MeshOf, data: int, latent: int, d_in: int, d_sae: int, batch: int, k: int) -> dict[str, int]:
+    """What one process sends in one step of a TopK without AuxK, by what for."""
+    shards = Shards(mesh_of(data, latent))
+    settings = TrainConfig(
+        site=SITE, activation=TopK(k=k), d_sae=d_sae, tokens=100 * batch, batch_tokens=batch, auxk_coefficient=0.0
+    )
+    x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(0))
+    run = SAERun(settings, "run", InputFacts.measure(x, SITE), devices=shards)
+    shards.mesh.sent.clear()
+    run.step({SITE: x})
+    return dict(shards.mesh.sent)
+
+
+def train(mesh_of: MeshOf, data: int, latent: int, folder: str, resume: bool, stop_after: int | None) -> list[Any]:
+    """A whole run of the trainer on made-up activations, maybe stopped; of each SAE its tensors and what it says."""
+    import warnings
+
+    from planted import planted
+
+    from saehook.errors import TrainingInterrupted
+    from saehook.trainer import Trainer
+
+    shards = Shards(mesh_of(data, latent))
+    whole = planted(9000)[0]
+
+    def batches() -> Iterator[Tensor]:
+        for i, part in enumerate(whole.split(100)):
+            if stop_after is not None and 100 * i >= stop_after and shards.mesh.rank == data * latent - 1:
+                trainer.stop()  # on one process only: all stop
+            yield part
+
+    settings: dict[str, Any] = {
+        "site": "s",
+        "tokens": 6000,
+        "batch_tokens": 150,
+        "calibration_tokens": 1000,
+        "lr": 1e-3,
+    }
+    configs = [
+        TrainConfig(activation=BatchTopK(k=3), d_sae=50, dead_after_tokens=600, **settings),
+        TrainConfig(activation=TopK(k=3), d_sae=40, **settings),
+        TrainConfig(activation=JumpReLU(), target_l0=3.0, d_sae=30, **settings),
+    ]
+    trainer = Trainer(
+        configs, batches(), d_in=24, log_dir=folder, checkpoint_dir=f"{folder}/c", progress=False, devices=shards
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            saes = trainer.fit(resume=resume)
+    except TrainingInterrupted as error:
+        return [str(error)]
+    return [
+        (dict(sae.named_parameters()), sae.metadata, vars(sae.stats), sae.config)
+        for sae in saes
+        if sae.stats is not None
+    ]

@@ -8,7 +8,6 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch.distributed as dist
 
 from saehook.distributed.mesh import Mesh
 
-SECONDS = 120.0
+SECONDS = 600.0
 
 
 @functools.cache
@@ -33,10 +32,10 @@ def _process(
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
 
-    def mesh_of(data: int, latent: int, timeout: float = 60.0, name: str = "") -> Mesh:
+    @functools.cache
+    def mesh_of(data: int, latent: int) -> Mesh:
         assert data * latent == world
-        store = dist.FileStore(f"{folder}/store-{data}-{latent}-{name}", world)
-        return Mesh(data, latent, store=store, rank=rank, timeout=timeout)
+        return Mesh(data, latent, store=dist.FileStore(f"{folder}/store", world), rank=rank, timeout=SECONDS)
 
     try:
         pipe.send((True, run(mesh_of, *arguments)))
@@ -64,19 +63,18 @@ def in_world(world: int, run: Callable[..., Any], *arguments: Any) -> list[Any]:
             assert pipe.poll(SECONDS), f"rank {rank} of {world} gave nothing"
             found.append(pipe.recv())
             process.join(10)
-        for rank, (well, value) in enumerate(found):
-            assert well, f"rank {rank} of {world}:\n{value}"
+        failed = [f"rank {rank} of {world}:\n{value}" for rank, (well, value) in enumerate(found) if not well]
+        assert not failed, "\n".join(failed)
         return [value for _, value in found]
 
 
 def here(run: Callable[..., Any], *arguments: Any) -> Any:
     """The same in a world of one process: this one."""
     with tempfile.TemporaryDirectory() as folder:
-        count = iter(range(100))
 
-        def mesh_of(data: int, latent: int, timeout: float = 60.0, name: str = "") -> Mesh:
-            store = dist.FileStore(str(Path(folder) / f"{next(count)}"), 1)
-            return Mesh(data, latent, store=store, rank=0, timeout=timeout)
+        @functools.cache
+        def mesh_of(data: int, latent: int) -> Mesh:
+            return Mesh(data, latent, store=dist.FileStore(f"{folder}/store", 1), rank=0)
 
         try:
             return run(mesh_of, *arguments)

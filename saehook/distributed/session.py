@@ -9,11 +9,13 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from saehook import __version__
 from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.distributed.mesh import Mesh, read_mesh
 from saehook.distributed.shards import Shards
@@ -49,6 +51,9 @@ def session(mesh: str | None, timeout: float) -> Iterator[OneDevice]:
         raise
     store, joined = _join(data, latent, timeout, world, rank)
     try:
+        joined.check_same(
+            {"mesh": (data, latent), "saehook": __version__, "torch": torch.__version__, "device": joined.device.type}
+        )
         yield Shards(joined)
     except BaseException as error:
         if world > 1:
@@ -85,8 +90,6 @@ def _join(data: int, latent: int, timeout: float, world: int, rank: int) -> tupl
     if "WORLD_SIZE" not in os.environ:
         store: dist.Store = dist.HashStore()
     else:
-        from datetime import timedelta
-
         try:
             store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))[0]
         except RuntimeError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,9 @@ class Shards(OneDevice):
 
     def main_says(self, here: bool) -> bool:
         return self.any(here and self.is_main)
+
+    def main_does(self, do: Callable[[], Any]) -> Any:
+        return self.mesh.main_does(do)
 
     def save_state(self, folder: Path, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
         sizes = [config["d_sae"] for config in data["configs"]]
