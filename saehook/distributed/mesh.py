@@ -107,7 +107,7 @@ class Mesh:
         """The sum (or another `op`) over the axis `data`, `latent` or `all`, in place."""
         n = self.sizes[axis]
         if n > 1:
-            dist.all_reduce(x, op, group=self.groups[axis])
+            self._all_reduce(x, op, axis)
             self.sent[what] += 2 * (n - 1) * x.nbytes // n
         return x
 
@@ -116,7 +116,7 @@ class Mesh:
         n = self.sizes[axis]
         found = x.new_empty(n, *x.shape)
         if n > 1:
-            dist.all_gather(list(found.unbind(0)), x.contiguous(), group=self.groups[axis])
+            self._all_gather(found, x.contiguous(), axis)
             self.sent[what] += (n - 1) * x.nbytes
         else:
             found[0] = x
@@ -131,14 +131,23 @@ class Mesh:
 
     def swap(self, x: Tensor, partner: int, what: str) -> Tensor:
         """The tensor of that place of the axis `latent`, which gets this one."""
-        group, found = self.groups["latent"], torch.empty_like(x)
-        peer = self.rank - self.places["latent"] + partner
-        for work in dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, x.contiguous(), peer, group), dist.P2POp(dist.irecv, found, peer, group)]
-        ):
-            work.wait()
+        found = torch.empty_like(x)
+        self._swap(found, x.contiguous(), self.rank - self.places["latent"] + partner)
         self.sent[what] += x.nbytes
         return found
+
+    def _all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType, axis: str) -> None:
+        dist.all_reduce(x, op, group=self.groups[axis])
+
+    def _all_gather(self, found: Tensor, x: Tensor, axis: str) -> None:
+        dist.all_gather(list(found.unbind(0)), x, group=self.groups[axis])
+
+    def _swap(self, found: Tensor, x: Tensor, rank: int) -> None:
+        group = self.groups["latent"]
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, x, rank, group), dist.P2POp(dist.irecv, found, rank, group)]
+        ):
+            work.wait()
 
     def to_main(self, x: Tensor, axis: int) -> Tensor | None:
         """On the main process, and on the CPU, the parts of all latents one after another along `axis`; None elsewhere."""

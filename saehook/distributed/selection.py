@@ -15,7 +15,8 @@ from saehook.kernels import Selection
 
 BUTTERFLY_FROM = 8
 """Devices, a power of two, from which candidates are merged in pairs: log2(n) times k a token, not n - 1 times."""
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of an element."""
 MAX = torch.distributed.ReduceOp.MAX
 WHAT = "top-k"
 
@@ -119,7 +120,7 @@ def nth_largest(values: Tensor, n: int, mesh: Mesh, axis: str) -> tuple[Tensor, 
 
     The bits of positive numbers are ordered as the numbers are, so they can be found from the highest byte down.
     """
-    bits = values.abs().view(_BITS[values.element_size()]).long()
+    bits = values.abs().view(INTEGERS[values.element_size()]).long()
     found, wanted, ties = 0, n, 0
     for shift in range(8 * values.element_size() - 8, -1, -8):
         byte = (bits >> shift) & 255
@@ -132,7 +133,7 @@ def nth_largest(values: Tensor, n: int, mesh: Mesh, axis: str) -> tuple[Tensor, 
         ties = int(counts[255 - place])
         bits = bits[byte == 255 - place]
         found |= (255 - place) << shift
-    least = torch.tensor([found], dtype=_BITS[values.element_size()], device=values.device).view(values.dtype)
+    least = torch.tensor([found], dtype=INTEGERS[values.element_size()], device=values.device).view(values.dtype)
     return least[0], wanted, ties
 
 

@@ -76,9 +76,9 @@ class Shards(OneDevice):
 
     def _check_same(self, batch: Tensor) -> None:
         """Raises TrainingError where a process was given another batch: what it would learn is of no SAE."""
-        bits = batch.contiguous().view(torch.uint8).long()
-        place = torch.arange(1, bits.shape[1] + 1, device=bits.device)
-        mark = torch.stack([(bits * place).sum(), torch.tensor(len(batch), device=bits.device)])
+        rows = batch.contiguous().view(selection.INTEGERS[batch.element_size()]).sum(1, dtype=torch.int64)
+        place = torch.arange(1, len(rows) + 1, device=rows.device)
+        mark = torch.stack([(rows * place).sum(), torch.tensor(len(rows), device=rows.device)])
         both = self.mesh.reduce_(torch.stack([mark, -mark]), "all", "check", dist.ReduceOp.MAX)
         if not torch.equal(both[0], -both[1]):
             raise TrainingError(
