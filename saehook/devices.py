@@ -66,6 +66,19 @@ class OneDevice:
         `first_of_each_token` works."""
         return kernels.topk(pre_acts, k, descending=descending)
 
+    def encode_topk(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        center: Tensor,
+        k: int,
+        d_sae: int,
+        scratch: kernels.Scratch | None,
+    ) -> tuple[Tensor, kernels.Selection]:
+        """The pairs that `topk` keeps, and their pre-activations [m]."""
+        return kernels.encode(x, W_enc, b_enc, center, lambda pre: self.topk(pre, k, d_sae), k=k, scratch=scratch)
+
     def first_of_each_token(
         self, selected: kernels.Selection, values: Tensor, k: int, of: int
     ) -> tuple[kernels.Selection, Tensor]:

@@ -160,8 +160,9 @@ class TopKMethod(Method):
         return self.devices.squared_error(y, x_hat) / self.variance
 
     def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
-        k = self.k_at(step)
-        values, selection = self._encode(x, lambda pre: self.devices.topk(pre, k, self.config.d_sae), k, scratch)
+        sae, k = self.sae, self.k_at(step)
+        pre, selection = self.devices.encode_topk(x, sae.W_enc, sae.b_enc, self._center, k, self.config.d_sae, scratch)
+        values = pre.relu()
         x_hat = self._decode(values, selection, k, scratch) + self.offset(x)
         return Terms(self.error(y, x_hat), x_hat, self._fired(values, selection))
 

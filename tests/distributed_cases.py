@@ -14,8 +14,10 @@ from saehook.batches import InputFacts
 from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, MultiTopK, ReLU, TopK, TrainConfig
 from saehook.devices import OneDevice
 from saehook.distributed import selection
+from saehook.distributed import shards as shards_module
 from saehook.distributed.mesh import Mesh
 from saehook.distributed.shards import LATENT_AXES, Shards
+from saehook.errors import TrainingError
 from saehook.losses import total_variance
 from saehook.optim import DecoderConstrainedAdam
 from saehook.sae_run import SAERun
@@ -260,8 +262,51 @@ def ties(mesh_of: MeshOf, data: int, latent: int) -> list[float]:
     return losses
 
 
+def goes_wrong(mesh_of: MeshOf, data: int, latent: int) -> list[str]:
+    """What all processes say of a NaN that one of them meets, and of a batch that one of them has otherwise."""
+    shards = Shards(mesh_of(data, latent))
+    said = []
+    for wrong in ("nan", "other"):
+        run = SAERun(config("topk, auxk"), "run", InputFacts.measure(tokens(500, 0).float(), SITE), devices=shards)
+        before = {name: parameter.detach().clone() for name, parameter in run.method.parameters.items()}
+        x = tokens(BATCH, 1).float()
+        if wrong == "nan":
+            x[-1, 0] = torch.nan  # the last token, on the last of the devices that share a batch
+        elif shards.mesh.rank == data * latent - 1:
+            x[0, 0] += 1
+        try:
+            run.step({SITE: x})
+            run.read_metrics()
+            said.append("nothing")
+        except TrainingError as error:
+            said.append(str(error))
+        for name, parameter in run.method.parameters.items():
+            assert torch.equal(parameter, before[name]), (wrong, name)
+        shards = Shards(shards.mesh)
+    return said
+
+
+def some_latents_at_a_time(mesh_of: MeshOf, data: int, latent: int) -> None:
+    """The same where the pre-activations of all latents are never there at once."""
+    usual, shards_module.DENSE_ENTRIES = shards_module.DENSE_ENTRIES, 5 * BATCH
+    try:
+        steps(mesh_of, data, latent, ("topk", "topk, k above a shard"), 2)
+        mesh, draw = mesh_of(data, latent), torch.Generator().manual_seed(4)
+        W, x = (torch.randint(-1, 2, shape, generator=draw).double() for shape in ((D_IN, D_SAE), (BATCH, D_IN)))
+        rows = Shards(mesh).latents(D_SAE)
+        for k in (1, 17):
+            whole = selection.first_of_equals(x @ W[:, rows], k)
+            for at_once in (1, 5, 100):
+                found = selection.block_by_block(x, W[:, rows], torch.zeros(len(W[0, rows])).double(), k, at_once)
+                assert torch.equal(found.values, whole.values)
+                assert torch.equal(found.latents[whole.values > 0], whole.latents[whole.values > 0])
+    finally:
+        shards_module.DENSE_ENTRIES = usual
+
+
 def two_shards(mesh_of: MeshOf) -> None:
     """In one world, since starting it costs most."""
+    some_latents_at_a_time(mesh_of, 1, 2)
     ties(mesh_of, 1, 2)
     steps(mesh_of, 1, 2, ASKED, 3)
 
@@ -299,16 +344,14 @@ def part_of_a_curve(
     return losses
 
 
-def bytes_sent(mesh_of: MeshOf, data: int, latent: int, d_in: int, d_sae: int, batch: int, k: int) -> dict[str, int]:
-    """What one process sends in one step of a TopK without AuxK, by what for."""
+def bytes_sent(mesh_of: MeshOf, data: int, latent: int, settings: TrainConfig, d_in: int) -> dict[str, int]:
+    """What one process sends in its second step, by what for; see `simulated_mesh`."""
     shards = Shards(mesh_of(data, latent))
-    settings = TrainConfig(
-        site=SITE, activation=TopK(k=k), d_sae=d_sae, tokens=100 * batch, batch_tokens=batch, auxk_coefficient=0.0
-    )
-    x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(0))
-    run = SAERun(settings, "run", InputFacts.measure(x, SITE), devices=shards)
+    x = torch.randn(settings.resolved_batch_tokens, d_in, generator=torch.Generator().manual_seed(0))
+    run = SAERun(settings, "run", InputFacts.measure(x, settings.site), devices=shards)
+    run.step({settings.site: x})
     shards.mesh.sent.clear()
-    run.step({SITE: x})
+    run.step({settings.site: x})
     return dict(shards.mesh.sent)
 
 

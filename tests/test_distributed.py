@@ -10,6 +10,7 @@ from distributed_cases import (
     CONFIGS,
     CURVES,
     bytes_sent,
+    goes_wrong,
     part_of_a_curve,
     selects,
     steps,
@@ -17,9 +18,12 @@ from distributed_cases import (
     train,
     two_shards,
 )
+from simulated_mesh import simulated_step
 from worlds import here, in_world
 
+from saehook.config import TopK, TrainConfig
 from saehook.distributed.mesh import read_mesh, shares
+from saehook.distributed.selection import BUTTERFLY_FROM
 from saehook.distributed.state import latent_axis
 from saehook.errors import ArgumentError
 from saehook.initial_rows import ROWS_AT_ONCE, SEEDED_FROM, unit_rows
@@ -45,6 +49,9 @@ def test_two_processes_are_one_device():
 def test_any_mesh_is_one_device(data, latent):
     world = data * latent
     assert in_world(world, selects, data, latent) == [18] * world
+    for nan, other in in_world(world, goes_wrong, data, latent):
+        assert "activations were not finite in step 1" in nan
+        assert "given different activations" in other
     losses = in_world(world, ties, data, latent)
     assert all(found == losses[0] for found in losses)
     curves = in_world(world, steps, data, latent, tuple(CONFIGS), 4)
@@ -98,27 +105,45 @@ def test_the_trainer_stops_and_goes_on_with_another_mesh(tmp_path):
 # --- bytes on the wire -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("data", "latent"), [(1, 2), (1, 4), (2, 2)])
+D_IN, D_SAE, BATCH, K = 48, 4096, 64, 4
+COUNTED = TrainConfig(
+    site="s", activation=TopK(k=K), d_sae=D_SAE, tokens=100 * BATCH, batch_tokens=BATCH, auxk_coefficient=0.0
+)
+
+
+@pytest.mark.parametrize("latent", [2, 4, 8, 32, 512])
+@pytest.mark.parametrize("data", [1, 2])
 def test_bytes_on_the_wire(data, latent):
     """What is sent is what the arithmetic of `saehook plan` says, in float32, less the part that a ring leaves out."""
-    d_in, d_sae, batch, k = 48, 256, 64, 8
-    for sent in in_world(data * latent, bytes_sent, data, latent, d_in, d_sae, batch, k):
-        tokens = batch // data
-        ring = (latent - 1) / latent
-        assert sent["x_hat"] == 2 * 4 * tokens * d_in * ring
-        assert sent["top-k"] == 4 * tokens * k * (latent - 1)
-        plan = Plan(
-            Training(d_in=d_in, d_sae=d_sae, k=k, tokens=batch, batch_tokens=batch),
-            Layout(DEVICES["H200"], data * latent, data),
-            STORAGES[0],
-        )
-        assert sent["top-k"] == plan.topk_gather_bytes * ring
-        whole = 4 * (2 * d_in * d_sae / latent + d_sae / latent + d_in)  # both matrices and the biases
-        assert sent.get("gradients", 0) == 2 * whole * (data - 1) / data
-        assert 2 * plan.gradient_bytes == pytest.approx(sent.get("gradients", 0), rel=0.05), "plan: bf16, no biases"
-        small = sum(number for what, number in sent.items() if what not in ("x_hat", "top-k", "gradients"))
-        assert small <= 4 * d_in * 4 + 16 * d_sae + 1000, sent
+    sent, held = simulated_step(COUNTED, D_IN, data, latent)
+    tokens, ring = BATCH // data, (latent - 1) / latent
+    plan = Plan(
+        Training(d_in=D_IN, d_sae=D_SAE, k=K, tokens=BATCH, batch_tokens=BATCH),
+        Layout(DEVICES["H200"], data * latent, data),
+        STORAGES[0],
+    )
+    assert sent["x_hat"] == 2 * 4 * tokens * D_IN * (latent - 1) // latent
+    assert sent["x_hat"] == pytest.approx(2 * plan.activation_bytes * 2 / 3 * ring), "plan: x besides, in bf16"
+    if latent < BUTTERFLY_FROM:
+        assert sent["top-k"] == 4 * tokens * K * (latent - 1)
+        assert sent["top-k"] == pytest.approx(plan.topk_gather_bytes * ring)
+    else:
+        merged = 4 * tokens * K * math.log2(latent)
+        assert merged == plan.topk_butterfly_bytes / 2, "plan: values and latents"
+        assert merged < sent["top-k"] <= merged + 8 * tokens + 4 * tokens * latent, "and how many are equal"
+        assert sent["top-k"] < 4 * tokens * K * (latent - 1)
+    own = 2 * D_IN * D_SAE // latent + D_SAE // latent + D_IN  # both matrices and the biases
+    assert sent["gradients"] == 4 * own * 2 * (data - 1) // data
+    assert held == pytest.approx(3 * 4 * own + 8 * D_SAE / latent, rel=0.05), "weights, moments, counters"
+    assert sum(number for what, number in sent.items() if what not in ("x_hat", "top-k", "gradients")) < 4 * own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "latent"), [(1, 2), (2, 2)])
+def test_real_processes_send_what_the_simulated_one_does(data, latent):
+    simulated, _ = simulated_step(COUNTED, D_IN, data, latent)
+    for sent in in_world(data * latent, bytes_sent, data, latent, COUNTED, D_IN):
+        assert sent == dict(simulated)
 
 
 # --- what needs no other process -------------------------------------------------------------------------------------

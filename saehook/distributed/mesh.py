@@ -34,15 +34,14 @@ def read_mesh(text: str | None, world: int) -> tuple[int, int]:
         ArgumentError: another form, or a mesh that does not have `world` places.
     """
     sizes: dict[str, int] = {}
-    for part in (text or "latent=1").split(","):
+    for part in (f"data={world}" if text is None else text).split(","):
         match = re.fullmatch(r"\s*(data|latent)\s*=\s*(\d+)\s*", part)
         if match is None or match[1] in sizes or int(match[2]) < 1:
             raise ArgumentError(f"{text!r} is no mesh; expected is e.g. latent=8 or data=4,latent=8.")
         sizes[match[1]] = int(match[2])
     for axis, other in (AXES, AXES[::-1]):
-        if axis not in sizes and text is None:
-            sizes[axis] = world
-        sizes.setdefault(axis, max(1, world // sizes[other]) if world % sizes.get(other, 1) == 0 else 1)
+        if axis not in sizes:
+            sizes[axis] = max(1, world // sizes[other])
     if sizes["data"] * sizes["latent"] != world:
         raise ArgumentError(
             f"the mesh data={sizes['data']},latent={sizes['latent']} has {sizes['data'] * sizes['latent']} places, and there are "

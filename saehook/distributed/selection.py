@@ -6,6 +6,8 @@ pre-activations is sent. What is not positive is left out: its activation is 0, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,36 +26,76 @@ WHAT = "top-k"
 def topk(pre_acts: Tensor, k: int, mesh: Mesh, d_sae: int, widest: int, *, butterfly: bool | None = None) -> Selection:
     """The pairs here that are among the k largest of their token, of `pre_acts` [n, latents here]; ordered by token.
 
-    `d_sae` are the latents of all devices, `widest` the most that one has. Each sends its k largest values of each token:
-    from these all find the k-th largest of all, and how many equal to it the devices before have.
+    `d_sae` are the latents of all devices, `widest` the most that one has.
     """
+    largest = first_of_equals(pre_acts, min(k, widest))
+    tokens, places = kept_of(largest, k, mesh, d_sae, widest, butterfly=butterfly)
+    return Selection(tokens, largest.latents[tokens, places], *pre_acts.shape, order="token")
+
+
+class Largest(NamedTuple):
+    """Of each token the largest pre-activations here, the largest first, of equal ones the lower latent."""
+
+    values: Tensor
+    """[n, c]."""
+    latents: Tensor
+    """[n, c]."""
+
+
+def first_of_equals(pre_acts: Tensor, width: int) -> Largest:
+    """The `width` largest of each token, or all."""
     n, here = pre_acts.shape
-    k, width = min(k, d_sae), min(k, widest)
-    if k == 0:
-        return _pairs(pre_acts, torch.empty(0, 2, dtype=torch.long, device=pre_acts.device))
     asked = min(width + 1, here)
-    latents = kernels.topk(pre_acts, asked, descending=True).latents.view(n, asked) if asked else pre_acts.long()
-    values = pre_acts.gather(1, latents)
-    mine = values.new_full((n, width), -torch.inf)
-    mine[:, : min(width, here)] = values[:, :width]
+    if asked == 0:
+        return Largest(pre_acts, pre_acts.long())
+    # In the order of latents first, so that a stable sort keeps that among equals.
+    latents = kernels.topk(pre_acts, asked, descending=True).latents.view(n, asked).sort(1).values
+    values, order = pre_acts.gather(1, latents).sort(1, descending=True, stable=True)
+    latents = latents.gather(1, order)
+    if asked > width:
+        # The one too many is equal to the last: which of all its equals were taken, `topk` leaves open.
+        rows = ((values[:, width - 1] == values[:, width]) & (values[:, width] > 0)).nonzero().view(-1)
+        if len(rows):
+            all_values, all_latents = pre_acts[rows].sort(1, descending=True, stable=True)
+            values[rows], latents[rows] = all_values[:, :asked], all_latents[:, :asked]
+    return Largest(values[:, :width], latents[:, :width])
+
+
+def block_by_block(inputs: Tensor, W_enc: Tensor, b_enc: Tensor, width: int, latents_at_once: int) -> Largest:
+    """The same of `inputs` W_enc + b_enc, of which only some latents are there at a time."""
+    best = Largest(
+        inputs.new_empty(len(inputs), 0), torch.empty(len(inputs), 0, dtype=torch.long, device=inputs.device)
+    )
+    for first in range(0, len(b_enc), latents_at_once):
+        block = slice(first, first + latents_at_once)
+        new = first_of_equals(torch.addmm(b_enc[block], inputs, W_enc[:, block]), width)
+        values = torch.cat([best.values, new.values], 1)
+        latents = torch.cat([best.latents, new.latents + first], 1)
+        values, order = values.sort(1, descending=True, stable=True)
+        best = Largest(values[:, :width], latents.gather(1, order)[:, :width])
+    return best
+
+
+def kept_of(
+    largest: Largest, k: int, mesh: Mesh, d_sae: int, widest: int, *, butterfly: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens and places in `largest` [n, at least min(k, latents here)] of what is among the k largest of all devices.
+
+    Each sends its k largest values of each token: from these all find the k-th largest of all, and how many equal to it the
+    devices before have.
+    """
+    k, width = min(k, d_sae), min(k, widest)
+    values = largest.values
+    mine = values.new_full((len(values), width), -torch.inf)
+    mine[:, : values.shape[1]] = values
     latent = mesh.sizes["latent"]
     if butterfly is None:
         butterfly = latent >= BUTTERFLY_FROM and latent.bit_count() == 1
     least, ties = (_butterfly if butterfly else _gathered)(mine, k, mesh)
-    at_least, kept_ties = values == least, ties[:, None]
-    # One more candidate than is sent: if that is a tie, too, there may be others outside of the list.
-    unclear = (least > 0) & (at_least.sum(1, keepdim=True) > kept_ties)
-    kept = (values > least.clamp_min(0)) | (at_least & (least > 0) & ~unclear) | values.isnan()
-    pairs = kept.nonzero()
-    pairs[:, 1] = latents[pairs[:, 0], pairs[:, 1]]
-    if unclear.any():
-        tokens = unclear.view(-1).nonzero().view(-1)
-        equal = pre_acts[tokens] == least[tokens]
-        first = (equal & (equal.cumsum(1) <= kept_ties[tokens])).nonzero()
-        first[:, 0] = tokens[first[:, 0]]
-        pairs = torch.cat([pairs, first])
-        pairs = pairs[pairs[:, 0].argsort(stable=True)]
-    return _pairs(pre_acts, pairs)
+    equal = values == least
+    kept = (values > least) | (equal & (equal.cumsum(1) <= ties[:, None]))
+    tokens, places = ((kept & (values > 0)) | values.isnan()).nonzero(as_tuple=True)
+    return tokens, places
 
 
 def _pairs(pre_acts: Tensor, pairs: Tensor) -> Selection:

@@ -27,6 +27,8 @@ from saehook.initial_rows import unit_rows
 from saehook.methods import of_size
 from saehook.sae import SAE, LatentStats
 
+DENSE_ENTRIES = 2**27
+"""Pre-activations that a TopK holds at once, at most: 512 MiB in float32. Beyond that some latents are encoded at a time."""
 CHECKED_STEPS = 20
 """So often it is checked that all processes have been given the same batch."""
 LATENT_AXES = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0}
@@ -133,6 +135,29 @@ class Shards(OneDevice):
 
     def topk(self, pre_acts: Tensor, k: int, d_sae: int, *, descending: bool = False) -> kernels.Selection:
         return selection.topk(pre_acts, k, self.mesh, d_sae, self.widest(d_sae))
+
+    def encode_topk(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        center: Tensor,
+        k: int,
+        d_sae: int,
+        scratch: kernels.Scratch | None,
+    ) -> tuple[Tensor, kernels.Selection]:
+        n, here = len(x), len(b_enc)
+        if n * here <= DENSE_ENTRIES:
+            return super().encode_topk(x, W_enc, b_enc, center, k, d_sae, scratch)
+        widest = self.widest(d_sae)
+        with torch.no_grad():
+            centred = x - center
+            at_once = max(1, DENSE_ENTRIES // n)
+            largest = selection.block_by_block(centred, W_enc, b_enc, min(k, widest), at_once)
+            tokens, places = selection.kept_of(largest, k, self.mesh, d_sae, widest)
+            pairs = kernels.Selection(tokens, largest.latents[tokens, places], n, here, order="token")
+        values = largest.values[tokens, places]
+        return kernels.sparse.selected(values, centred, W_enc, b_enc, center, pairs, scratch), pairs
 
     def first_of_each_token(
         self, selected: kernels.Selection, values: Tensor, k: int, of: int
