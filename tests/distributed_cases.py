@@ -71,10 +71,10 @@ class FirstOfEquals(OneDevice):
 
 
 def kept(shape: tuple[int, ...], chosen: kernels.Selection, pre_acts: Tensor) -> Tensor:
-    """The pairs that are kept and fire, as a mask."""
+    """1 for the pairs that are kept and fire."""
     mask = torch.zeros(shape, dtype=torch.bool)
     mask[chosen.tokens, chosen.latents] = True
-    return mask & ~(pre_acts <= 0)
+    return (mask & ~(pre_acts <= 0)).float()
 
 
 def pre_activations(seed: int, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from saehook.errors import ArgumentError
 from saehook.initial_rows import ROWS_AT_ONCE, SEEDED_FROM, unit_rows
 from saehook.plan import DEVICES, STORAGES, Layout, Plan, Training
 
+BENCH = Path(__file__).parent / "bench"
 MESHES = [(1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (2, 2), (4, 1)]
 
 
@@ -136,6 +140,18 @@ def test_bytes_on_the_wire(data, latent):
     assert sent["gradients"] == 4 * own * 2 * (data - 1) // data
     assert held == pytest.approx(3 * 4 * own + 8 * D_SAE / latent, rel=0.05), "weights, moments, counters"
     assert sum(number for what, number in sent.items() if what not in ("x_hat", "top-k", "gradients")) < 4 * own
+
+
+def test_the_recorded_table_is_what_the_code_sends():
+    """Of tests/bench/RESULTS one number of devices is counted again."""
+    spec = importlib.util.spec_from_file_location("bench_distributed", BENCH / "bench_distributed.py")
+    assert spec is not None
+    assert spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    recorded = json.loads((BENCH / "RESULTS" / "distributed_bytes_2026-11.json").read_text())["rows"]
+    assert [row["devices"] for row in recorded] == [size for size in bench.SIZES for _ in range(2)]
+    assert json.loads(json.dumps(bench.rows([256]))) == [row for row in recorded if row["devices"] == 256]
 
 
 @pytest.mark.slow

@@ -50,13 +50,13 @@ def first_of_equals(pre_acts: Tensor, width: int) -> Largest:
         return Largest(pre_acts, pre_acts.long())
     # In the order of latents first, so that a stable sort keeps that among equals.
     latents = kernels.topk(pre_acts, asked, descending=True).latents.view(n, asked).sort(1).values
-    values, order = pre_acts.gather(1, latents).sort(1, descending=True, stable=True)
+    values, order = pre_acts.gather(1, latents).sort(dim=1, descending=True, stable=True)
     latents = latents.gather(1, order)
     if asked > width:
         # The one too many is equal to the last: which of all its equals were taken, `topk` leaves open.
         rows = ((values[:, width - 1] == values[:, width]) & (values[:, width] > 0)).nonzero().view(-1)
         if len(rows):
-            all_values, all_latents = pre_acts[rows].sort(1, descending=True, stable=True)
+            all_values, all_latents = pre_acts[rows].sort(dim=1, descending=True, stable=True)
             values[rows], latents[rows] = all_values[:, :asked], all_latents[:, :asked]
     return Largest(values[:, :width], latents[:, :width])
 
@@ -71,7 +71,7 @@ def block_by_block(inputs: Tensor, W_enc: Tensor, b_enc: Tensor, width: int, lat
         new = first_of_equals(torch.addmm(b_enc[block], inputs, W_enc[:, block]), width)
         values = torch.cat([best.values, new.values], 1)
         latents = torch.cat([best.latents, new.latents + first], 1)
-        values, order = values.sort(1, descending=True, stable=True)
+        values, order = values.sort(dim=1, descending=True, stable=True)
         best = Largest(values[:, :width], latents.gather(1, order)[:, :width])
     return best
 

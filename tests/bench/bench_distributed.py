@@ -1,7 +1,7 @@
 """What a device sends and holds as more of them share one SAE, from the training code's own counters: 2 to 512 devices.
 
 The step is the real one; only the other devices are not there (`simulated_mesh`). Run: PYTHONPATH=tests python
-tests/bench/bench_distributed.py. Writes the table and its environment to RESULTS/distributed.json beside this file.
+tests/bench/bench_distributed.py. Writes the table and its environment to RESULTS/distributed_bytes_2026-11.json beside this file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +22,16 @@ from simulated_mesh import simulated_step
 from saehook.config import TopK, TrainConfig
 from saehook.plan import DEVICES, STORAGES, Layout, Plan, Training
 
-D_IN, D_SAE, K, BATCH = 256, 2**16, 32, 512
+D_IN, D_SAE, K, BATCH = 128, 2**15, 32, 256
 
 
-def rows() -> list[dict[str, object]]:
+SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def rows(sizes: Sequence[int] = SIZES) -> list[dict[str, object]]:
     """One of each number of devices, all latents shared; and with two replicas."""
     found = []
-    for devices in (2, 4, 8, 16, 32, 64, 128, 256, 512):
+    for devices in sizes:
         for data in (1, 2):
             latent = devices // data
             config = TrainConfig(
@@ -78,7 +82,9 @@ def table(found: list[dict[str, object]]) -> str:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "RESULTS" / "distributed.json")
+    parser.add_argument(
+        "--json", type=Path, default=Path(__file__).parent / "RESULTS" / "distributed_bytes_2026-11.json"
+    )
     arguments = parser.parse_args()
     found = rows()
     print(table(found))
