@@ -130,17 +130,11 @@ def test_torchrun_restarts_what_was_killed_and_accelerate_is_data_parallel(corpu
     assert agent.wait(timeout=600) == 0, log.read_text()
     assert len(re.findall("does not answer any more|lost contact", log.read_text())) <= 1
     assert_same_sae(latent, one)
-    launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
-    run(
-        sys.executable,
-        "-m",
-        *launch,
-        "--main_process_port",
-        free_port(),
-        "-m",
-        "saehook",
-        *arguments(corpus, data, *budget),
-    )
+    # --multi_gpu is how it starts processes; with --cpu it would want MPI.
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launch += f" --main_process_port {free_port()}"
+    command = [*arguments(corpus, data, *budget), "--mesh", "data=2"]  # refused, were there but one
+    run(sys.executable, "-m", *launch.split(), "-m", "saehook", *command)
     assert_same_sae(data, one)
 
 

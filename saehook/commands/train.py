@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saehook.commands.shared import add_text, documents_of_setting, held_out_text, load_lm, whole_number
-from saehook.config import MAX_NORM_RATIO, METHODS, TrainConfig, activation_to_dict, count
+from saehook.config import MAX_NORM_RATIO, MESH_TIMEOUT_SECONDS, METHODS, TrainConfig, activation_to_dict, count
 from saehook.errors import ArgumentError
 from saehook.loggers import LOGGERS, check_loggers
 
@@ -25,8 +25,6 @@ HELP = "train SAEs on text"
 RUN = "run.json"
 """In the folder of a training run: its settings, for `--resume`."""
 TRAIN_TOKENS, EVAL_TOKENS = "600k", "50k"
-TIMEOUT_SECONDS = 600.0
-"""What `distributed.mesh`, which would load torch, has as well."""
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -50,9 +48,9 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--mesh-timeout",
         type=float,
-        default=TIMEOUT_SECONDS,
+        default=MESH_TIMEOUT_SECONDS,
         metavar="N",
-        help=f"seconds after which a process that does not answer is taken for dead (default: {TIMEOUT_SECONDS:g})",
+        help=f"seconds after which a process that does not answer is taken for dead (default: {MESH_TIMEOUT_SECONDS:g})",
     )
     sub.add_argument("--site", nargs="+", metavar="SITE", help="sites or patterns (default: resid_post at half depth)")
     sub.add_argument("--activation", choices=sorted(METHODS), help="training method (default: batchtopk)")

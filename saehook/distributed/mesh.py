@@ -18,10 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from saehook.config import MESH_TIMEOUT_SECONDS
 from saehook.errors import ArgumentError, TrainingError
 
-TIMEOUT_SECONDS = 600.0
-"""After so long without an answer a process is taken for dead."""
 AXES = ("data", "latent")
 
 
@@ -59,7 +58,7 @@ class Mesh:
         latent: int,
         *,
         device: torch.device | str = "cpu",
-        timeout: float = TIMEOUT_SECONDS,
+        timeout: float = MESH_TIMEOUT_SECONDS,
         store: dist.Store | None = None,
         rank: int | None = None,
     ) -> None:

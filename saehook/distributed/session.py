@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from saehook import __version__
+from saehook.config import MESH_TIMEOUT_SECONDS
 from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.distributed.mesh import Mesh, read_mesh
 from saehook.distributed.shards import Shards
@@ -28,7 +29,7 @@ _TRANSPORT = re.compile(r"gloo|nccl|connection|timed? ?out|pair closure|broken p
 
 
 @contextlib.contextmanager
-def session(mesh: str | None, timeout: float) -> Iterator[OneDevice]:
+def session(mesh: str | None = None, timeout: float = MESH_TIMEOUT_SECONDS) -> Iterator[OneDevice]:
     """The devices of this run: one, or those of the mesh that `mesh` describes, which torchrun or accelerate started.
 
     An error on any process ends all; the main one raises what is to be said, the others SystemExit. Where the main one is
@@ -44,6 +45,8 @@ def session(mesh: str | None, timeout: float) -> Iterator[OneDevice]:
         yield ONE_DEVICE
         return
     try:
+        if not timeout > 0:
+            raise ArgumentError(f"a timeout of {timeout:g} seconds cannot be kept; give a number above 0.")
         data, latent = _places(mesh, world)
     except ArgumentError:
         if rank > 0:
