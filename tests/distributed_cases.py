@@ -365,7 +365,7 @@ def train(mesh_of: MeshOf, data: int, latent: int, folder: str, resume: bool, st
     from saehook.trainer import Trainer
 
     shards = Shards(mesh_of(data, latent))
-    whole = planted(9000)[0]
+    whole = planted(11_000)[0]
 
     def batches() -> Iterator[Tensor]:
         for i, part in enumerate(whole.split(100)):

@@ -85,8 +85,8 @@ def test_curves_go_on_with_another_number_of_processes(tmp_path):
 
 @pytest.mark.slow
 def test_the_trainer_stops_and_goes_on_with_another_mesh(tmp_path):
-    """Stopped by a signal to one process of 2 x 1, resumed by 3, whole on the main process; against one device."""
-    said = in_world(2, train, 1, 2, str(tmp_path / "run"), False, 4000)
+    """Stopped by one of 2 processes, resumed by 3, whole on the main process; against one device."""
+    said = in_world(2, train, 1, 2, str(tmp_path / "run"), False, 9000)
     assert said[0] == said[1]
     assert "can be resumed from" in said[0][0]
     resumed = in_world(3, train, 3, 1, str(tmp_path / "run"), True, None)
