@@ -375,7 +375,7 @@ def train(mesh_of: MeshOf, data: int, latent: int, folder: str, resume: bool, st
 
     settings: dict[str, Any] = {
         "site": "s",
-        "tokens": 6000,
+        "tokens": 9600,
         "batch_tokens": 150,
         "calibration_tokens": 1000,
         "lr": 1e-3,

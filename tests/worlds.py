@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import multiprocessing
 import os
 import tempfile
@@ -38,7 +39,9 @@ def _process(
         return Mesh(data, latent, store=dist.FileStore(f"{folder}/store", world), rank=rank, timeout=SECONDS)
 
     try:
-        pipe.send((True, run(mesh_of, *arguments)))
+        found = io.BytesIO()
+        torch.save(run(mesh_of, *arguments), found)  # tensors in a pipe would stay in the memory of this process
+        pipe.send((True, found.getvalue()))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:
@@ -65,7 +68,7 @@ def in_world(world: int, run: Callable[..., Any], *arguments: Any) -> list[Any]:
             process.join(10)
         failed = [f"rank {rank} of {world}:\n{value}" for rank, (well, value) in enumerate(found) if not well]
         assert not failed, "\n".join(failed)
-        return [value for _, value in found]
+        return [torch.load(io.BytesIO(value), weights_only=False) for _, value in found]
 
 
 def here(run: Callable[..., Any], *arguments: Any) -> Any:
