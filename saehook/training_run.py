@@ -131,7 +131,6 @@ def train_saes(
     def prepare() -> None:
         if not resume:
             check_unused(out)
-            (out / METRICS).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
 
     devices.main_does(prepare)
@@ -196,6 +195,8 @@ def train_saes(
         progress=progress,
         devices=devices,
     )
+    if not resume:
+        devices.main_does(lambda: (out / METRICS).unlink(missing_ok=True))
     with stopped_by_signals(trainer):
         saes = trainer.fit(resume=resume)
     if not devices.is_main:

@@ -99,9 +99,9 @@ def test_the_trainer_stops_and_goes_on_with_another_mesh(tmp_path):
         assert says.keys() == said_there.keys()
         assert says["training"] == said_there["training"]
         for name, tensor in theirs.items():
-            torch.testing.assert_close(ours[name], tensor, rtol=2e-3, atol=2e-4, msg=name)
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
         for name in ("density", "max_act", "mean_act", "mean_error"):
-            torch.testing.assert_close(stats[name], stats_there[name], rtol=2e-2, atol=5e-3, msg=name)
+            torch.testing.assert_close(stats[name], stats_there[name], rtol=1e-3, atol=1e-4, msg=name)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines())
 

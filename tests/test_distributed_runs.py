@@ -172,7 +172,7 @@ def test_bad_input_is_one_message(corpus, tmp_path):
     texts = [[str(other) if part.endswith("text.jsonl") else part for part in plain], plain]
     cases: list[tuple[Callable[[int], list[str]], str]] = [
         (lambda rank: [*plain, "--mesh", "latent=3"], "there are 2 processes"),
-        (lambda rank: [*plain, "--mesh", "latent=2", "--d-sae", "3"], "cannot be shared by 2 devices"),
+        (lambda rank: [*plain, "--mesh", "latent=2", "--d-sae", "3", "--k", "2"], "cannot be shared by 2 devices"),
         (lambda rank: [*plain, "--mesh", ("latent=2", "data=2")[rank]], "differ in mesh"),
         (lambda rank: [*plain, "--mesh", "latent=2", "--k", str(4 + rank)], "differ in settings"),
         (lambda rank: [*texts[rank], "--mesh", "latent=2"], "differ in text"),

@@ -94,7 +94,9 @@ def _join(data: int, latent: int, timeout: float, world: int, rank: int) -> tupl
         store: dist.Store = dist.HashStore()
     else:
         try:
-            store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))[0]
+            shared = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))[0]
+            # torchrun's store outlives a restart, and with it the addresses of the processes before.
+            store = dist.PrefixStore(f"saehook/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
         except RuntimeError as error:
             raise TrainingError(
                 f"rank {rank} did not reach the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "

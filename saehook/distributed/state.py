@@ -116,7 +116,8 @@ def _allocate(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, li
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
         # A full disk is said here; while a map is written it would be a signal.
-        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
+        allocate = getattr(os, "posix_fallocate", None)
+        allocate(file.fileno(), 0, 8 + len(text) + end) if allocate else file.truncate(8 + len(text) + end)
     return {name: 8 + len(text) + begin for name, begin in offsets.items()}
 
 
