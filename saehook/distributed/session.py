@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -95,14 +96,53 @@ def _join(data: int, latent: int, timeout: float, world: int, rank: int) -> tupl
     else:
         try:
             shared = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))[0]
-            # torchrun's store outlives a restart, and with it the addresses of the processes before.
-            store = dist.PrefixStore(f"saehook/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+            store = _of_this_start(shared, rank, world, timeout)
+        except TrainingError:
+            if rank > 0:
+                raise SystemExit(2) from None
+            raise
         except RuntimeError as error:
             raise TrainingError(
                 f"rank {rank} did not reach the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
                 f"{timeout:g} seconds: {error}"
             ) from None
     return store, Mesh(data, latent, device=device, timeout=timeout, store=store, rank=rank)
+
+
+def _of_this_start(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
+    """A part of the store for the processes that run now: torchrun's store outlives a restart, and with it the addresses and
+    last words of the processes before. The main one names it, for those whose fresh greetings it has read.
+
+    Raises:
+        TrainingError: some do not come.
+    """
+    mine, known, missing = uuid.uuid4().hex, {}, [str(other) for other in range(1, world)]
+    name = mine
+    if rank > 0:
+        store.set(f"saehook/hello/{rank}", mine)
+    end = time.monotonic() + timeout
+    while missing:
+        if time.monotonic() > end:
+            raise TrainingError(
+                f"of {world} processes rank {', '.join(missing)} did not come within {timeout:g} seconds. Start all of them."
+            )
+        if rank == 0:
+            found = {other: _get(store, f"saehook/hello/{other}") for other in missing}
+            if found != {other: known.get(other) for other in missing}:
+                known |= found
+                store.set("saehook/start", json.dumps({"name": mine, "known": known}))
+            missing = [other for other in missing if not store.check([f"saehook/{mine}/{other}"])]
+        elif (start := json.loads(_get(store, "saehook/start") or "{}")).get("known", {}).get(str(rank)) == mine:
+            name, missing = start["name"], []
+            store.set(f"saehook/{name}/{rank}", "here")
+        else:
+            missing = ["0"]
+        time.sleep(0.02)
+    return dist.PrefixStore(f"saehook/{name}", store)
+
+
+def _get(store: dist.Store, key: str) -> str | None:
+    return store.get(key).decode() if store.check([key]) else None
 
 
 def _end(error: BaseException, store: dist.Store, mesh: Mesh, timeout: float) -> None:
