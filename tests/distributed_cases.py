@@ -231,7 +231,7 @@ def steps(mesh_of: MeshOf, data: int, latent: int, names: tuple[str, ...], n_ste
             if step < 3:
                 compare(run, whole, shards, (name, step), 1e-12 if step == 0 else 1e-10)
         if "auxk" in name:
-            assert found["auxk"] > 0, "the auxiliary loss was never at work"
+            assert run.metrics["auxk"] > 0, "the auxiliary loss was never at work"
     return curves
 
 
@@ -255,7 +255,7 @@ def ties(mesh_of: MeshOf, data: int, latent: int) -> list[float]:
             )
             run.step(batch)
             both.append(run)
-        compare(*both, shards, (name, "ties"))
+        compare(both[0], both[1], shards, (name, "ties"))
         found, expected = (run.read_metrics()["loss"] for run in both)
         assert abs(found - expected) <= 1e-12 * abs(expected), name
         losses.append(found)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_cases import (
     CONFIGS,
     CURVES,
@@ -27,8 +30,9 @@ from worlds import here, in_world
 from saehook.config import TopK, TrainConfig
 from saehook.distributed.mesh import read_mesh, shares
 from saehook.distributed.selection import BUTTERFLY_FROM
+from saehook.distributed.session import _of_this_start
 from saehook.distributed.state import latent_axis
-from saehook.errors import ArgumentError
+from saehook.errors import ArgumentError, TrainingError
 from saehook.initial_rows import ROWS_AT_ONCE, SEEDED_FROM, unit_rows
 from saehook.plan import DEVICES, STORAGES, Layout, Plan, Training
 
@@ -237,3 +241,30 @@ def test_what_of_a_checkpoint_goes_over_latents():
         "runs.0.run.dead": None, "runs.0.parameters.threshold": 0,
     }  # fmt: skip
     assert {name: latent_axis(name) for name in names} == names
+
+
+def test_processes_of_one_start_meet_in_a_part_of_the_store_of_their_own():
+    """Three times in one store: a restart reads no key of the processes before, and a missing process is named."""
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    for attempt, ranks in enumerate([(0, 1, 2), (2, 1, 0), (0, 1)]):
+        found: dict[int, Any] = {}
+
+        def meet(rank: int, seconds: float, found: dict[int, Any] = found, ranks: tuple[int, ...] = ranks) -> None:
+            try:
+                part = _of_this_start(store, rank, 3, seconds)
+                found[rank] = not part.check([f"{rank}"])
+                part.set(f"{rank}", "here")
+                if len(ranks) == 3:
+                    part.wait([f"{other}" for other in ranks])
+            except TrainingError as error:
+                found[rank] = str(error)
+
+        threads = [threading.Thread(target=meet, args=(rank, 60.0 if attempt < 2 else 1.0)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if attempt < 2:
+            assert found == {0: True, 1: True, 2: True}
+        else:
+            assert "rank 2 did not come" in found[0]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch._dynamo  # what the first optimiser would import, in every process anew
 import torch.distributed as dist
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from saehook.distributed.mesh import Mesh
 
@@ -36,7 +37,7 @@ def _process(
     @functools.cache
     def mesh_of(data: int, latent: int) -> Mesh:
         assert data * latent == world
-        return Mesh(data, latent, store=dist.FileStore(f"{folder}/store", world), rank=rank, timeout=SECONDS)
+        return Mesh(data, latent, store=FileStore(f"{folder}/store", world), rank=rank, timeout=SECONDS)
 
     try:
         found = io.BytesIO()
@@ -77,7 +78,7 @@ def here(run: Callable[..., Any], *arguments: Any) -> Any:
 
         @functools.cache
         def mesh_of(data: int, latent: int) -> Mesh:
-            return Mesh(data, latent, store=dist.FileStore(f"{folder}/store", 1), rank=0)
+            return Mesh(data, latent, store=FileStore(f"{folder}/store", 1), rank=0)
 
         try:
             return run(mesh_of, *arguments)

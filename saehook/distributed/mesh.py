@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
 
 from saehook.config import MESH_TIMEOUT_SECONDS
@@ -59,7 +60,7 @@ class Mesh:
         *,
         device: torch.device | str = "cpu",
         timeout: float = MESH_TIMEOUT_SECONDS,
-        store: dist.Store | None = None,
+        store: Store | None = None,
         rank: int | None = None,
     ) -> None:
         """Joins the others; without `store` and `rank` as the environment of torchrun says.
@@ -85,7 +86,7 @@ class Mesh:
         for axis, rows in (("data", ranks.T), ("latent", ranks)):
             # A DeviceMesh of its own making would give its groups another timeout than ours.
             own, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=self.timeout)
-            assert own is not None
+            assert isinstance(own, dist.ProcessGroup)
             groups[axis] = own
         self.device_mesh = DeviceMesh.from_group(
             [groups[axis] for axis in AXES], self.device.type, mesh=ranks, mesh_dim_names=AXES

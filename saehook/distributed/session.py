@@ -19,7 +19,7 @@ import torch.distributed as dist
 from saehook import __version__
 from saehook.config import MESH_TIMEOUT_SECONDS
 from saehook.devices import ONE_DEVICE, OneDevice
-from saehook.distributed.mesh import Mesh, read_mesh
+from saehook.distributed.mesh import Mesh, Store, read_mesh
 from saehook.distributed.shards import Shards
 from saehook.errors import ArgumentError, SaehookError, TrainingError, TrainingInterrupted
 
@@ -86,16 +86,17 @@ def _places(mesh: str | None, world: int) -> tuple[int, int]:
     return read_mesh(mesh, world)
 
 
-def _join(data: int, latent: int, timeout: float, world: int, rank: int) -> tuple[dist.Store, Mesh]:
+def _join(data: int, latent: int, timeout: float, world: int, rank: int) -> tuple[Store, Mesh]:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         device = torch.device("cuda", torch.cuda.current_device())
     if "WORLD_SIZE" not in os.environ:
-        store: dist.Store = dist.HashStore()
+        store: Store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     else:
         try:
-            shared = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))[0]
+            found = dist.rendezvous("env://", timeout=timedelta(seconds=timeout))  # pyright: ignore[reportPrivateImportUsage]
+            shared = next(iter(found))[0]
             store = _of_this_start(shared, rank, world, timeout)
         except TrainingError:
             if rank > 0:
@@ -109,7 +110,7 @@ def _join(data: int, latent: int, timeout: float, world: int, rank: int) -> tupl
     return store, Mesh(data, latent, device=device, timeout=timeout, store=store, rank=rank)
 
 
-def _of_this_start(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
+def _of_this_start(store: Store, rank: int, world: int, timeout: float) -> Store:
     """A part of the store for the processes that run now: torchrun's store outlives a restart, and with it the addresses and
     last words of the processes before. The main one names it, for those whose fresh greetings it has read.
 
@@ -138,14 +139,14 @@ def _of_this_start(store: dist.Store, rank: int, world: int, timeout: float) -> 
         else:
             missing = ["0"]
         time.sleep(0.02)
-    return dist.PrefixStore(f"saehook/{name}", store)
+    return dist.PrefixStore(f"saehook/{name}", store)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _get(store: dist.Store, key: str) -> str | None:
+def _get(store: Store, key: str) -> str | None:
     return store.get(key).decode() if store.check([key]) else None
 
 
-def _end(error: BaseException, store: dist.Store, mesh: Mesh, timeout: float) -> None:
+def _end(error: BaseException, store: Store, mesh: Mesh, timeout: float) -> None:
     """Tell the others what went wrong here and hear what went wrong there. Raises what is to be said, or SystemExit."""
     lost = isinstance(error, RuntimeError) and not isinstance(error, SaehookError) and _TRANSPORT.search(str(error))
     code = 130 if isinstance(error, (TrainingInterrupted, KeyboardInterrupt)) else 2

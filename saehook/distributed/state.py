@@ -78,8 +78,9 @@ def save(
         if not begun:
             mesh.from_main(None)
     elif (place := mesh.from_main(None)) is not None:
+        path, offsets = place
         with contextlib.suppress(OSError):  # the main process says it
-            mesh.all_do(lambda: _fill(mesh, *place, tensors, shapes))
+            mesh.all_do(lambda: _fill(mesh, path, offsets, tensors, shapes))
     well, value = mesh.from_main(result)
     if not well:
         raise value
