@@ -11,12 +11,12 @@ import time
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from saehook import __version__
 from saehook.config import MESH_TIMEOUT_SECONDS
 from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.distributed.mesh import Mesh, Store, read_mesh
@@ -56,7 +56,12 @@ def session(mesh: str | None = None, timeout: float = MESH_TIMEOUT_SECONDS) -> I
     store, joined = _join(data, latent, timeout, world, rank)
     try:
         joined.check_same(
-            {"mesh": (data, latent), "saehook": __version__, "torch": torch.__version__, "device": joined.device.type}
+            {
+                "mesh": (data, latent),
+                "saehook": version("saehook"),
+                "torch": torch.__version__,
+                "device": joined.device.type,
+            }
         )
         yield Shards(joined)
     except BaseException as error:
