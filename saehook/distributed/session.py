@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from saehook.config import MESH_TIMEOUT_SECONDS
 from saehook.devices import ONE_DEVICE, OneDevice
-from saehook.distributed.mesh import Mesh, Store, read_mesh
+from saehook.distributed.mesh import Mesh, Store, read_mesh  # pyright: ignore[reportPrivateImportUsage]
 from saehook.distributed.shards import Shards
 from saehook.errors import ArgumentError, SaehookError, TrainingError, TrainingInterrupted
 
