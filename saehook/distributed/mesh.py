@@ -73,21 +73,25 @@ class Mesh:
         self.timeout = datetime.timedelta(seconds=timeout)
         backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
         where: dict[str, Any] = {} if store is None else {"store": store, "rank": rank, "world_size": data * latent}
+        ranks = torch.arange(data * latent).view(data, latent)
+        groups: dict[str, dist.ProcessGroup] = {}
         try:
             dist.init_process_group(backend, timeout=self.timeout, **where)
+            self.rank = dist.get_rank()
+            self.places = {"data": self.rank // latent, "latent": self.rank % latent, "all": self.rank}
+            self.check_same({"mesh": f"data={data},latent={latent}"})  # else the groups below would wait for each other
+            for axis, rows in (("data", ranks.T), ("latent", ranks)):
+                # A DeviceMesh of its own making would give its groups another timeout than ours.
+                own, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=self.timeout)
+                assert isinstance(own, dist.ProcessGroup)
+                groups[axis] = own
+        except ArgumentError:
+            self.close()
+            raise
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"the {data * latent} processes of this run did not find each other within {timeout:g} seconds: {error}"
             ) from None
-        self.rank = dist.get_rank()
-        self.places = {"data": self.rank // latent, "latent": self.rank % latent, "all": self.rank}
-        ranks = torch.arange(data * latent).view(data, latent)
-        groups: dict[str, dist.ProcessGroup] = {}
-        for axis, rows in (("data", ranks.T), ("latent", ranks)):
-            # A DeviceMesh of its own making would give its groups another timeout than ours.
-            own, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=self.timeout)
-            assert isinstance(own, dist.ProcessGroup)
-            groups[axis] = own
         self.device_mesh = DeviceMesh.from_group(
             [groups[axis] for axis in AXES], self.device.type, mesh=ranks, mesh_dim_names=AXES
         )
