@@ -53,16 +53,15 @@ def session(mesh: str | None = None, timeout: float = MESH_TIMEOUT_SECONDS) -> I
         if rank > 0:
             raise SystemExit(2) from None
         raise
-    store, joined = _join(data, latent, timeout, world, rank)
     try:
-        joined.check_same(
-            {
-                "mesh": (data, latent),
-                "saehook": version("saehook"),
-                "torch": torch.__version__,
-                "device": joined.device.type,
-            }
-        )
+        store, joined = _join(data, latent, timeout, world, rank)
+    except ArgumentError:  # all have the same
+        if rank > 0:
+            raise SystemExit(2) from None
+        raise
+    try:
+        facts = {"saehook": version("saehook"), "torch": torch.__version__, "device": joined.device.type}
+        joined.check_same(facts)
         yield Shards(joined)
     except BaseException as error:
         if world > 1:
@@ -104,8 +103,6 @@ def _join(data: int, latent: int, timeout: float, world: int, rank: int) -> tupl
             shared = next(iter(found))[0]
             store = _of_this_start(shared, rank, world, timeout)
         except TrainingError:
-            if rank > 0:
-                raise SystemExit(2) from None
             raise
         except RuntimeError as error:
             raise TrainingError(
@@ -137,10 +134,10 @@ def _of_this_start(store: Store, rank: int, world: int, timeout: float) -> Store
             if found != {other: known.get(other) for other in missing}:
                 known |= found
                 store.set("saehook/start", json.dumps({"name": mine, "known": known}))
-            missing = [other for other in missing if not store.check([f"saehook/{mine}/{other}"])]
+            missing = [other for other in missing if not store.check([f"saehook/{mine}/came/{other}"])]
         elif (start := json.loads(_get(store, "saehook/start") or "{}")).get("known", {}).get(str(rank)) == mine:
             name, missing = start["name"], []
-            store.set(f"saehook/{name}/{rank}", "here")
+            store.set(f"saehook/{name}/came/{rank}", "here")
         else:
             missing = ["0"]
         time.sleep(0.02)
