@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saehook.config import BatchTopK
+from saehook.config import Activation, BatchTopK
+from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.metrics import Firing, Histogram, Moments
 from saehook.sae import QUANTILE_LEVELS, SAE, LatentStats
 
@@ -37,10 +38,14 @@ class Calibrator:
     is among those kept. Per-latent sums are taken over the activations above it.
     """
 
-    def __init__(self, sae: SAE, max_tokens: int) -> None:
-        """`sae` works on raw activations; `max_tokens` is at most how many will be given."""
-        activation = sae.config.activation
+    def __init__(
+        self, sae: SAE, max_tokens: int, activation: Activation | None = None, devices: OneDevice = ONE_DEVICE
+    ) -> None:
+        """`sae` works on raw activations; `max_tokens` is at most how many will be given. Of several `devices` this one has
+        the latents of `sae`, and `activation` is that of all (None: the SAE's)."""
+        activation = activation or sae.config.activation
         self.sae = sae
+        self.activation, self.devices = activation, devices
         self.k = activation.k if isinstance(activation, BatchTopK) else None
         """Mean L0 that the threshold shall give; None for an SAE whose rule needs no calibration."""
         self.firing, self.histogram = Firing(), Histogram(sae.d_sae, sae.device)
@@ -65,7 +70,7 @@ class Calibrator:
             pre_acts = self.sae.pre_acts(chunk.to(self.sae.device)).float()
             self.tokens += chunk.shape[0]
             if self.k is None:
-                acts = self.sae.activate(pre_acts)
+                acts = self.devices.activate(self.sae, pre_acts, self.activation)
                 self.firing.update(acts)
                 self.histogram.update(acts)
             else:
@@ -94,17 +99,21 @@ class Calibrator:
             return Calibration(0, None, None)
         if self.k is None:
             sae.stats = self._stats()
-            return Calibration(self.tokens, self.firing.l0, None)
-        before = int(self._fired_before) / self.tokens if sae.threshold is not None else None
+            return Calibration(self.tokens, self._sum(self.firing.l0), None)
+        before = self._sum(int(self._fired_before)) / self.tokens if sae.threshold is not None else None
         n = self.k * self.tokens + 1
-        threshold = float(self.values.topk(n, sorted=False).values.min()) if self.values.numel() >= n else 0.0
+        threshold = self.devices.nth_largest(self.values, n)
         sae.set_threshold(threshold)
         above = self.values > threshold
         self.values, self.latents = self.values[above], self.latents[above]
         self.firing = self._kept()
         self.histogram.add(self.values, self.latents)
         sae.stats = self._stats()
-        return Calibration(self.tokens, self.values.numel() / self.tokens, before)
+        return Calibration(self.tokens, self._sum(self.values.numel()) / self.tokens, before)
+
+    def _sum(self, here: float) -> float:
+        """Over the devices that have the other latents."""
+        return float(self.devices.add_latents(torch.tensor(here, dtype=torch.float64, device=self.sae.device)))
 
     def _kept(self) -> Firing:
         values, latents = self.values.double(), self.latents.long()
@@ -123,7 +132,7 @@ class Calibrator:
         assert self.sae.config.normalize == "none"
         assert self.firing.total is not None
         means = self.firing.total / self.tokens, self.inputs.mean
-        x_hat = self.sae.decode(*(mean.to(self.sae.device) for mean in means))
+        x_hat = self.devices.decode(self.sae, *(mean.to(self.sae.device) for mean in means))
         return stats_of(self.firing, self.histogram, self.targets.mean - x_hat.cpu())
 
 

@@ -199,6 +199,10 @@ Qwen. Attention sinks have many times that, whatever the token and its place, an
 FVU."""
 
 
+MESH_TIMEOUT_SECONDS = 600.0
+"""After so long without an answer a process of a run on several devices is taken for dead."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskRule:
     """Which tokens count for an SAE: those that are attended and no special token, less what the fields leave out.

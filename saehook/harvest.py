@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -241,6 +241,18 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.float(), dim=-1)
 
 
+class Place(Protocol):
+    """What a stream of activations is made from and can go on from, such as a `TextStream`."""
+
+    def state(self) -> dict[str, Any]:
+        """The place, as JSON-able data."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on there."""
+        ...
+
+
 class Shuffled(Iterator[dict[str, Tensor]]):
     """Batches in random order; the last one, when the text has ended, may be smaller."""
 
@@ -251,7 +263,7 @@ class Shuffled(Iterator[dict[str, Tensor]]):
         buffer_tokens: int,
         batch_tokens: int,
         seed: int,
-        text: TextStream | None = None,
+        text: Place | None = None,
     ) -> None:
         """`chunks` as `activations_of` gives them; the same seed and chunks give the same batches. `text` is what they
         are made from: with it, the state is enough to go on.

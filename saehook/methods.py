@@ -8,6 +8,7 @@ al. do; relu, jumprelu and gated take it as it is, so that the weight of their p
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -16,10 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saehook import kernels, losses
+from saehook import kernels
 from saehook.activation_fns import jumprelu_ste
 from saehook.batches import InputFacts
 from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, MultiTopK, ReLU, SAEConfig, TopK, TrainConfig
+from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.errors import ArgumentError, ShapeError
 from saehook.sae import SAE
 
@@ -48,11 +50,12 @@ class Method:
     unit_rows = True
     """Whether the decoder rows are held at unit length."""
 
-    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor) -> None:
-        """`variance`: total variance of the scaled target, a scalar."""
+    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor, devices: OneDevice = ONE_DEVICE) -> None:
+        """`variance`: total variance of the scaled target, a scalar. `sae` has the latents of this one of the `devices`."""
         self.config = config
         self.sae = sae
         self.variance = variance
+        self.devices = devices
         self._no_center = torch.zeros(sae.d_in, device=sae.device, dtype=sae.dtype)
         self.parameters: dict[str, nn.Parameter] = dict(sae.named_parameters())
 
@@ -62,12 +65,17 @@ class Method:
 
     def error(self, y: Tensor, x_hat: Tensor) -> Tensor:
         """The squared error in the units of the loss, a scalar."""
-        return losses.squared_error(y, x_hat)
+        return self.devices.squared_error(y, x_hat)
 
     @property
     def center(self) -> Tensor:
         """What the encoder subtracts from its input, [d_in]: b_dec, or nothing for a transcoder."""
         return self._no_center if self.sae.is_transcoder else self.sae.b_dec
+
+    @property
+    def _center(self) -> Tensor:
+        """The same where latents of other devices subtract it, too."""
+        return self.devices.read_by_all(self.center)
 
     def after_step(self, taken: Tensor) -> None:
         """Bring the parameters back to where they may be; `taken`: whether the step was, 0-dim bool."""
@@ -124,9 +132,20 @@ class Method:
         scratch: kernels.Scratch | None,
     ) -> kernels.Autoencoded:
         sae = self.sae
-        return kernels.autoencode(
-            x, sae.W_enc, sae.b_enc, self.center, sae.W_dec, rule, per_latent, lower, scratch=scratch
+        found = kernels.autoencode(
+            x, sae.W_enc, sae.b_enc, self._center, sae.W_dec, rule, per_latent, lower, scratch=scratch
         )
+        return self.devices.add_up(found)
+
+    def _decode(
+        self,
+        values: Tensor,
+        selection: kernels.Selection,
+        k: int,
+        scratch: kernels.Scratch | None = None,
+    ) -> Tensor:
+        """Σ values · W_dec over each token's pairs, of all latents, without b_dec."""
+        return self.devices.add_latents(kernels.decode(values, self.sae.W_dec, selection, k=k, scratch=scratch))
 
     def offset(self, x: Tensor) -> Tensor:
         """What is added to the decoded activations of `x`: b_dec, [d_out], and the skip map, then [n, d_out]."""
@@ -138,12 +157,13 @@ class TopKMethod(Method):
     """TopK (Gao et al. 2024): the k largest of each token."""
 
     def error(self, y: Tensor, x_hat: Tensor) -> Tensor:
-        return losses.reconstruction(y, x_hat, self.variance)
+        return self.devices.squared_error(y, x_hat) / self.variance
 
     def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
         sae, k = self.sae, self.k_at(step)
-        values, selection = self._encode(x, lambda pre: kernels.topk(pre, k), k, scratch)
-        x_hat = kernels.decode(values, sae.W_dec, selection, k=k, scratch=scratch) + self.offset(x)
+        pre, selection = self.devices.encode_topk(x, sae.W_enc, sae.b_enc, self._center, k, self.config.d_sae, scratch)
+        values = pre.relu()
+        x_hat = self._decode(values, selection, k, scratch) + self.offset(x)
         return Terms(self.error(y, x_hat), x_hat, self._fired(values, selection))
 
     def k_at(self, step: int) -> int:
@@ -152,7 +172,7 @@ class TopKMethod(Method):
         assert k is not None
         if step >= anneal:
             return k
-        start = max(k, min(self.sae.d_in, self.sae.d_sae))
+        start = max(k, min(self.sae.d_in, self.config.d_sae))
         return round(start + (k - start) * step / anneal)
 
     def _encode(
@@ -160,7 +180,7 @@ class TopKMethod(Method):
     ) -> tuple[Tensor, kernels.Selection]:
         """Activations of the selected pairs, [m], and the pairs."""
         sae = self.sae
-        pre, selection = kernels.encode(x, sae.W_enc, sae.b_enc, self.center, select, k=k, scratch=scratch)
+        pre, selection = kernels.encode(x, sae.W_enc, sae.b_enc, self._center, select, k=k, scratch=scratch)
         return pre.relu(), selection
 
     def _fired(self, values: Tensor, selection: kernels.Selection) -> Tensor:
@@ -172,15 +192,15 @@ class MultiTopKMethod(TopKMethod):
     """TopK with a second loss at a multiple of k, from the same pre-activations (Gao et al. 2024, section 5.3)."""
 
     def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
-        method, sae, k = self.config.activation, self.sae, self.k_at(step)
+        method, k = self.config.activation, self.k_at(step)
         assert isinstance(method, MultiTopK)
-        more = min(method.multiple * k, sae.d_sae)
-        values, selection = self._encode(x, lambda pre: kernels.topk(pre, more, descending=True), more, scratch)
-        first = selection.first_of_each_token(k)
-        first_values = values.view(-1, more)[:, :k].reshape(-1)
+        more = min(method.multiple * k, self.config.d_sae)
+        pick = functools.partial(self.devices.topk, k=more, d_sae=self.config.d_sae, descending=True)
+        values, selection = self._encode(x, pick, more, scratch)
+        first, first_values = self.devices.first_of_each_token(selection, values, k, more)
         offset = self.offset(x)
-        x_hat = kernels.decode(first_values, sae.W_dec, first, k=k) + offset
-        wide = kernels.decode(values, sae.W_dec, selection, k=more, scratch=scratch) + offset
+        x_hat = self._decode(first_values, first, k) + offset
+        wide = self._decode(values, selection, more, scratch) + offset
         loss = self.error(y, x_hat) + method.weight * self.error(y, wide)
         return Terms(loss, x_hat, self._fired(first_values, first))
 
@@ -189,38 +209,40 @@ class BatchTopKMethod(TopKMethod):
     """BatchTopK (Bussmann et al. 2024): the tokens × k largest of the batch, by one exact cut."""
 
     def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
-        sae, k = self.sae, self.k_at(step)
-        values, selection = self._encode(x, lambda pre: kernels.batch_topk(pre, k), k, scratch)
-        x_hat = kernels.decode(values, sae.W_dec, selection, k=k, scratch=scratch) + self.offset(x)
+        k = self.k_at(step)
+        values, selection = self._encode(x, lambda pre: self.devices.batch_topk(pre, k, self.config.d_sae), k, scratch)
+        x_hat = self._decode(values, selection, k, scratch) + self.offset(x)
         return Terms(self.error(y, x_hat), x_hat, self._fired(values, selection), _smallest(values))
 
 
 class MatryoshkaMethod(BatchTopKMethod):
     """Matryoshka BatchTopK (Bussmann et al. 2025): one BatchTopK over all latents, the mean loss of nested prefixes."""
 
-    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor) -> None:
-        super().__init__(config, sae, variance)
+    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor, devices: OneDevice = ONE_DEVICE) -> None:
+        super().__init__(config, sae, variance, devices)
         assert isinstance(config.activation, Matryoshka)
-        ends = torch.tensor(config.activation.fractions).double().cumsum(0) * sae.d_sae
-        self.ends = ends.round().long().clamp(max=sae.d_sae).to(sae.device)
-        """Where each group of latents ends."""
-        self.ends[-1] = sae.d_sae
+        ends = torch.tensor(config.activation.fractions).double().cumsum(0) * config.d_sae
+        ends = ends.round().long().clamp(max=config.d_sae).to(sae.device)
+        ends[-1] = config.d_sae
+        rows = devices.latents(config.d_sae)
+        self.ends = ends.clamp(rows.start, rows.stop) - rows.start
+        """Where each group of latents ends, among those here."""
 
     def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
-        sae, k = self.sae, self.k_at(step)
-        values, selection = self._encode(x, lambda pre: kernels.batch_topk(pre, k), k, scratch)
-        parts = kernels.decode(values, sae.W_dec, selection.by_group(self.ends), k=k, scratch=scratch)
+        k = self.k_at(step)
+        values, selection = self._encode(x, lambda pre: self.devices.batch_topk(pre, k, self.config.d_sae), k, scratch)
+        parts = self._decode(values, selection.by_group(self.ends), k, scratch)
         offset = self.offset(x).expand_as(y)
         prefixes = parts.view(len(x), len(self.ends), -1).cumsum(1) + offset[:, None]
-        loss = (prefixes - y[:, None]).square().sum(-1).mean() / self.variance
+        loss = self.devices.mean((prefixes - y[:, None]).square().sum(-1)) / self.variance
         return Terms(loss, prefixes[:, -1], self._fired(values, selection), _smallest(values))
 
 
 class ReLUMethod(Method):
     """ReLU + L1 (Bricken et al. 2023, Cunningham et al. 2023); with `decoder_norm_penalty` that of April 2024."""
 
-    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor) -> None:
-        super().__init__(config, sae, variance)
+    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor, devices: OneDevice = ONE_DEVICE) -> None:
+        super().__init__(config, sae, variance, devices)
         self.unit_rows = not config.decoder_norm_penalty
         if config.decoder_norm_penalty:  # rows of norm 0.1, and the encoder their transpose
             sae.W_dec.data *= 0.1
@@ -235,14 +257,15 @@ class ReLUMethod(Method):
         per_latent = [torch.linalg.vector_norm(sae.W_dec, dim=-1)] if self.config.decoder_norm_penalty else []
         found = self._autoencode(x, _relu, per_latent, torch.zeros_like(sae.b_enc), scratch)
         x_hat = found.decoded + self.offset(x)
-        loss = losses.squared_error(y, x_hat) + self._weight(step) * found.cost / len(x)
-        return Terms(loss, x_hat, self._count(found.fired, len(x)))
+        tokens = self.devices.number(len(x))
+        loss = self.error(y, x_hat) + self._weight(step) * found.cost / tokens
+        return Terms(loss, x_hat, self._count(found.fired, tokens))
 
     def _weight(self, step: int) -> Tensor:
         return self.coefficient.exp().float() * warm(step, self.config.resolved_sparsity_warmup_steps)
 
     def _count(self, fired: Tensor, n_tokens: int) -> Tensor:
-        self._l0 = fired.sum() / n_tokens
+        self._l0 = self.devices.total(fired.sum()) / n_tokens
         return fired
 
     def after_step(self, taken: Tensor) -> None:
@@ -267,8 +290,8 @@ class ReLUMethod(Method):
 class JumpReLUMethod(Method):
     """JumpReLU (Rajamanoharan et al. 2024) with the L0 penalty, or with a penalty on the distance to `target_l0`."""
 
-    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor) -> None:
-        super().__init__(config, sae, variance)
+    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor, devices: OneDevice = ONE_DEVICE) -> None:
+        super().__init__(config, sae, variance, devices)
         sae.set_threshold(config.initial_threshold)
         self.parameters = dict(sae.named_parameters())
 
@@ -279,14 +302,14 @@ class JumpReLUMethod(Method):
         window_starts = sae.threshold - config.bandwidth / 2
         found = self._autoencode(x, rule, [sae.threshold], window_starts, scratch)
         x_hat = found.decoded + self.offset(x)
-        l0 = found.cost / len(x)
+        l0 = found.cost / self.devices.number(len(x))
         if config.target_l0 is None:
             assert config.sparsity_coefficient is not None
             penalty = config.sparsity_coefficient * l0
         else:
             weight = 1.0 if config.sparsity_coefficient is None else config.sparsity_coefficient
             penalty = weight * (l0 / config.target_l0 - 1).square()
-        loss = losses.squared_error(y, x_hat) + warm(step, config.resolved_sparsity_warmup_steps) * penalty
+        loss = self.error(y, x_hat) + warm(step, config.resolved_sparsity_warmup_steps) * penalty
         return Terms(loss, x_hat, found.fired)
 
     def _take_threshold(self, threshold: Tensor | None) -> None:
@@ -307,8 +330,8 @@ class GatedMethod(ReLUMethod):
     π_gate > 0 where π_mag > b_mag - exp(r) · b_gate: so the finished SAE is a JumpReLU with that threshold.
     """
 
-    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor) -> None:
-        super().__init__(config, sae, variance)
+    def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor, devices: OneDevice = ONE_DEVICE) -> None:
+        super().__init__(config, sae, variance, devices)
         sae.register_parameter("threshold", None)  # it follows from the other parameters in the end
         zeros = torch.zeros(sae.d_sae, device=sae.device)
         self.r_mag, self.b_mag = nn.Parameter(zeros), nn.Parameter(zeros.clone())
@@ -321,9 +344,9 @@ class GatedMethod(ReLUMethod):
         assert found.frozen is not None
         offset = self.offset(x)
         x_hat, gate_only = found.decoded + offset, found.frozen + offset.detach()
-        loss = losses.squared_error(y, x_hat) + losses.squared_error(y, gate_only)
-        loss = loss + self._weight(step) * found.cost / len(x)
-        return Terms(loss, x_hat, self._count(found.fired, len(x)))
+        loss, tokens = self.error(y, x_hat) + self.error(y, gate_only), self.devices.number(len(x))
+        loss = loss + self._weight(step) * found.cost / tokens
+        return Terms(loss, x_hat, self._count(found.fired, tokens))
 
     def _take_threshold(self, threshold: Tensor | None) -> None:
         self.b_mag.copy_(self.sae.b_enc)
@@ -365,8 +388,10 @@ METHODS: dict[type, type[Method]] = {
 }
 
 
-def make_method(config: TrainConfig, source: InputFacts, target: InputFacts | None = None) -> Method:
-    """A new SAE for `config` and its method, on the device of the facts.
+def make_method(
+    config: TrainConfig, source: InputFacts, target: InputFacts | None = None, devices: OneDevice = ONE_DEVICE
+) -> Method:
+    """A new SAE for `config` and its method, on the device of the facts: of several devices the latents of this one.
 
     `source` says what its inputs are like, in whose centre an SAE's b_dec begins; `target` what a transcoder
     reconstructs: b_dec begins there, and b_enc where the pre-activations of the inputs' centre are 0.
@@ -381,12 +406,25 @@ def make_method(config: TrainConfig, source: InputFacts, target: InputFacts | No
         skip=config.skip,
     )
     generator = torch.Generator().manual_seed(config.seed)
-    sae = SAE(sae_config, site=config.site, site_out=config.site_out, generator=generator).to(device)
+    sae = SAE(
+        of_size(sae_config, devices.latents(config.d_sae)),
+        site=config.site,
+        site_out=config.site_out,
+        draw=lambda width: devices.unit_rows(config.d_sae, width, generator),
+    ).to(device)
     sae.b_dec.data.copy_(center)
     if target is not None:
         sae.b_enc.data = -(source.center @ sae.W_enc.detach())
     sae.W_enc.data = sae.W_enc.data.T.contiguous().T  # latent-major in memory: see kernels/sparse.py
-    return METHODS[type(config.activation)](config, sae, (target or source).variance)
+    return METHODS[type(config.activation)](config, sae, (target or source).variance, devices)
+
+
+def of_size(config: SAEConfig, latents: slice) -> SAEConfig:
+    """An SAE of some of the latents; the k of all of them says nothing about these, and is that of the config in training."""
+    d_sae, activation = latents.stop - latents.start, config.activation
+    if isinstance(activation, (TopK, BatchTopK)):
+        activation = dataclasses.replace(activation, k=min(activation.k, d_sae))
+    return dataclasses.replace(config, d_sae=d_sae, activation=activation)
 
 
 def warm(step: int, warmup_steps: int) -> float:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from saehook.devices import ONE_DEVICE, OneDevice
+
 ROWS_AT_ONCE = 2048
 """Rows that are projected or normalised together: few enough to stay in a CPU's cache."""
 
@@ -61,8 +63,10 @@ class DecoderConstrainedAdam:
         eps: float = 6.25e-10,
         clip_norm: float = 0.0,
         unit_rows: bool = True,
+        devices: OneDevice = ONE_DEVICE,
     ) -> None:
         """`parameters` by name; with `unit_rows` the one called `W_dec` is constrained. `clip_norm` 0 does not clip."""
+        self.devices = devices
         self.parameters = dict(parameters)
         self.W_dec = self.parameters["W_dec"] if unit_rows else None
         self.peak_lr = lr
@@ -90,10 +94,10 @@ class DecoderConstrainedAdam:
         Nothing changes where the gradient's norm is not finite, or `allowed` (0-dim bool, on the device) is False. Returns
         whether the step was taken, 0-dim bool: no synchronisation.
         """
+        self.devices.add_gradients(self.parameters)
         if self.W_dec is not None and self.W_dec.grad is not None:
             remove_parallel_(self.W_dec.grad, self.W_dec)
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        norm = self.devices.gradient_norm(self.parameters)
         if self.clip_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, norm)
         taken = norm.isfinite() if allowed is None else norm.isfinite() & allowed

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,20 @@ TENSORS, DATA = "state.safetensors", "state.json"
 _PARTIAL = "partial-"
 
 
-def save_state(folder: Path, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
+Write = Callable[[Path, Mapping[str, Tensor]], None]
+"""Writes tensors into a file."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """As safetensors, which writes contiguous tensors that share no memory."""
+    save_file(
+        {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}, path
+    )
+
+
+def save_state(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any], write: Write = write_tensors
+) -> Path:
     """Write a checkpoint below `folder` and remove those before the last two; returns its folder.
 
     Raises:
@@ -40,9 +53,7 @@ def save_state(folder: Path, step: int, tensors: Mapping[str, Tensor], data: Map
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        # safetensors writes contiguous tensors that share no memory.
-        copies = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-        save_file(copies, partial / TENSORS)
+        write(partial / TENSORS, tensors)
         text = json.dumps({"schema": SCHEMA, "sha256": sha256(partial / TENSORS), **data})
         (partial / DATA).write_text(text, encoding="utf-8")
         for file in (partial / TENSORS, partial / DATA, partial):
@@ -67,7 +78,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
-    """The newest checkpoint that is whole: tensors (on the CPU), data, and its folder.
+    """The newest checkpoint that is whole: tensors (on the CPU), data, and its folder; see `find_state`."""
+    data, path = find_state(folder)
+    return load_file(path / TENSORS), data, path
+
+
+def find_state(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The data of the newest checkpoint that is whole, and its folder.
 
     Warns (UserWarning) of each damaged one that was passed over.
 
@@ -85,7 +102,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
                 raise FormatError(f"schema {data['schema']!r} is unknown; this version reads {SCHEMA}")
             if sha256(path / TENSORS) != data["sha256"]:
                 raise FormatError(f"{TENSORS} has changed since it was written")
-            return load_file(path / TENSORS), data, path
+            return data, path
         except (OSError, ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"the checkpoint {path} is damaged and is passed over: {error}", UserWarning, stacklevel=2)
+            warnings.warn(f"the checkpoint {path} is damaged and is passed over: {error}", UserWarning, stacklevel=3)
     raise FormatError(f"every checkpoint in {folder} is damaged ({len(found)} tried). Start the run anew.")

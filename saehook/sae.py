@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,7 @@ class SAE(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
+        draw: Callable[[int], Tensor] | None = None,
     ) -> None:
         """A new SAE: random unit decoder rows, encoder = decoder transposed, biases 0 (Gao et al. 2024, A.1).
 
@@ -83,6 +85,7 @@ class SAE(nn.Module):
         Args:
             site: where x is read.
             site_out: where a transcoder's y is; None for an SAE.
+            draw: gives the random unit rows of a width, [d_sae, width]; None: from `generator`.
         """
         super().__init__()
         self.config = config
@@ -102,6 +105,8 @@ class SAE(nn.Module):
         def unit_rows(width: int) -> Tensor:
             if device is not None and torch.device(device).type == "meta":  # sizes only: whoever asks fills them in
                 return torch.empty(config.d_sae, width, device=device, dtype=dtype)
+            if draw is not None:
+                return draw(width).to(device, dtype)
             return F.normalize(torch.randn(config.d_sae, width, generator=generator), dim=-1).to(device, dtype)
 
         rows = unit_rows(self.d_out)

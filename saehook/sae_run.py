@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saehook import kernels, losses
+from saehook import kernels
 from saehook.batches import Batch, InputFacts, Judged
 from saehook.config import BatchTopK, TrainConfig, activation_to_dict, method_to_dict
+from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.errors import TrainingError
 from saehook.methods import Terms, make_method
 from saehook.optim import DecoderConstrainedAdam, normalize_rows_
@@ -30,15 +31,24 @@ BAD_VALUES = ("", "the activations were", "the loss was", "the gradient was")
 class SAERun:
     """One SAE in training, in scaled units, where E‖x‖² = 1."""
 
-    def __init__(self, config: TrainConfig, name: str, facts: InputFacts, target: InputFacts | None = None) -> None:
-        """`facts` of the inputs; `target`: of what a transcoder reconstructs, None for an SAE."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        name: str,
+        facts: InputFacts,
+        target: InputFacts | None = None,
+        devices: OneDevice = ONE_DEVICE,
+    ) -> None:
+        """`facts` of the inputs; `target`: of what a transcoder reconstructs, None for an SAE. Of several `devices` this one
+        has some of the latents: what has a row for each is that long."""
         self.config = config
+        self.devices = devices
         self.name = name
         self.facts = facts
         self.target = target or facts
         device = facts.center.device
         self.k_aux = config.k_aux or max(1, facts.center.numel() // 2)
-        self.method = make_method(config, facts, target)
+        self.method = make_method(config, facts, target, devices)
         self.sae = self.method.sae
         self.optimizer = DecoderConstrainedAdam(
             self.method.parameters,
@@ -50,9 +60,10 @@ class SAERun:
             eps=config.adam_eps,
             clip_norm=config.clip_norm,
             unit_rows=self.method.unit_rows,
+            devices=devices,
         )
         self.steps = 0
-        self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
+        self.tokens_since_fired = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.dead = torch.empty(0, dtype=torch.int64, device=device)
         """Indices of the dead latents."""
         self.threshold = torch.full((), -1.0, device=device)
@@ -81,7 +92,7 @@ class SAERun:
         Raises:
             ShapeError, ArgumentError: it is not of the kind and size that the config asks for.
         """
-        self.method.start_from(sae, self.facts.scale, self.target.scale)
+        self.method.start_from(self.devices.part_of(sae), self.facts.scale, self.target.scale)
         self.origin = {
             "site": sae.site,
             "activation": activation_to_dict(sae.config.activation),
@@ -104,14 +115,18 @@ class SAERun:
 
         `judged`: that batch, where the language model has a say.
         """
-        x = batch[self.config.site] * self.facts.scale
-        y = x if self.config.site_out is None else batch[self.config.site_out] * self.target.scale
+        x = self.devices.tokens(batch[self.config.site]) * self.facts.scale
+        y = x
+        if self.config.site_out is not None:
+            y = self.devices.tokens(batch[self.config.site_out]) * self.target.scale
         terms = self.method.terms(x, y, self.steps, scratch)
+        terms = terms._replace(fired=self.devices.add_tokens(terms.fired))
         sane = torch.stack([x.sum().isfinite() & y.sum().isfinite(), terms.loss.detach().isfinite()])
+        sane = self.devices.all(sane)
         allowed = sane.all() & (self.bad[0] == 0)
         before = self.tokens_since_fired, self.threshold
         self._track_firing(
-            terms, len(x)
+            terms, self.devices.number(len(x))
         )  # first, as in the released code of Gao et al.: it decides which latents are dead
         loss = terms.loss if judged is None else terms.loss + self._divergence(y, terms.x_hat, judged)
         loss.backward()
@@ -143,7 +158,7 @@ class SAERun:
         if coefficient == 0:
             return x.new_zeros(())
         weights = sae.W_enc, sae.b_enc, sae.W_dec, self.method.center
-        return losses.add_auxk_gradient(x, residual, *weights, self.dead, self.k_aux, coefficient)
+        return self.devices.add_auxk_gradient(x, residual, *weights, self.dead, self.k_aux, coefficient)
 
     @torch.no_grad()
     def _track_firing(self, terms: Terms, tokens: int) -> None:
@@ -151,7 +166,8 @@ class SAERun:
         self.tokens_since_fired = torch.where(terms.fired > 0, 0, self.tokens_since_fired + tokens)
         if not kernels.queued(self.dead.device) or self.steps % DEVICE_REFRESH_STEPS == 0:
             self.dead = self.is_dead.nonzero().view(-1)
-        if (smallest := terms.smallest) is not None:
+        if terms.smallest is not None:
+            smallest = self.devices.least(terms.smallest)
             beta = min(self.config.threshold_beta, self.steps / (self.steps + 10))
             moved = torch.where(self.threshold < 0, smallest, beta * self.threshold + (1 - beta) * smallest)
             self.threshold = torch.where(smallest.isfinite(), moved, self.threshold)
@@ -177,9 +193,9 @@ class SAERun:
     def _add_metrics(self, y: Tensor, terms: Terms, aux: Tensor, taken: Tensor) -> None:
         new = {
             "loss": terms.loss.detach(),
-            "error": losses.squared_error(y, terms.x_hat.detach()),
-            "variance": losses.total_variance(y),
-            "l0": terms.fired.sum() / y.shape[0],
+            "error": self.devices.squared_error(y, terms.x_hat.detach()),
+            "variance": self.devices.total_variance(y),
+            "l0": self.devices.add_latents(terms.fired.sum()) / self.devices.number(y.shape[0]),
             "aux": aux.detach(),
         }
         new = {key: torch.where(taken, value.double(), 0.0) for key, value in new.items()}
@@ -207,7 +223,7 @@ class SAERun:
             "fvu": sums["error"] / sums["variance"] if sums["variance"] > 0 else math.nan,
             "l0": sums["l0"] / self.summed_steps,
             "auxk": sums["aux"] / self.summed_steps,
-            "dead_share": float(self.is_dead.double().mean()),
+            "dead_share": self.devices.latent_mean(self.is_dead),
             "lr": self.optimizer.lr,
         }
         if (threshold := self._mean_threshold()) is not None:
@@ -223,7 +239,7 @@ class SAERun:
         if isinstance(self.config.inference, BatchTopK):
             return max(0.0, float(self.threshold)) / self.target.scale
         threshold = self.sae.threshold
-        return None if threshold is None else float(threshold.detach().mean()) / self.target.scale
+        return None if threshold is None else self.devices.latent_mean(threshold.detach()) / self.target.scale
 
     @property
     def tokens(self) -> int:
@@ -313,7 +329,7 @@ class SAERun:
         """The share of latents that were silent in the last steps, at least `DEAD_TOKENS` if there were so many."""
         steps = min(self.steps, math.ceil(DEAD_TOKENS / self.config.resolved_batch_tokens))
         tokens = steps * self.config.resolved_batch_tokens
-        return {"tokens": tokens, "share": float((self.tokens_since_fired >= tokens).double().mean())}
+        return {"tokens": tokens, "share": self.devices.latent_mean(self.tokens_since_fired >= tokens)}
 
 
 def resolved_settings(config: TrainConfig, k_aux: int) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from saehook.batches import Batch, InputFacts, JudgedBatches, Stream
 from saehook.calibration import Calibration, Calibrator
 from saehook.checkpoint import load_sae
 from saehook.config import BatchTopK, TrainConfig
+from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.errors import ArgumentError, TrainingError, TrainingInterrupted
 from saehook.files import DISK_FULL
 from saehook.loggers import Loggers, check_loggers
-from saehook.run_state import load_state, save_state
 from saehook.sae import SAE
 from saehook.sae_run import SAERun, resolved_settings, sae_name
 
@@ -54,13 +54,15 @@ class Trainer:
         log: Sequence[str] = (),
         progress: bool = True,
         kl_batches: JudgedBatches | None = None,
+        devices: OneDevice = ONE_DEVICE,
     ) -> None:
         """`batches` yields activations of shuffled tokens, as many at a time as it likes: a dict from each site to
         [n, d_in], or plain tensors where all configs share one site. It should go on for `calibration_tokens` beyond
         the training tokens. `d_in` is the width, of all sites or by site. `log_dir` gets `metrics.jsonl`,
         `checkpoint_dir` a checkpoint every `checkpoint_seconds` and when the run is stopped. `log` names further logs to
         write, "tensorboard" and "wandb" (`loggers`), which need `log_dir`, too. `kl_batches` gives the last batches, those
-        of `kl_tokens`.
+        of `kl_tokens`. `devices`: those that train together (`saehook.distributed`), each with a trainer of its own that is
+        given the same batches.
 
         Raises:
             ArgumentError: no config, different batch sizes, a site without width, or a logger that is not installed.
@@ -79,7 +81,8 @@ class Trainer:
             raise ArgumentError(f"d_in names no width for {', '.join(missing)}.")
         if kl_batches is None and any(config.kl_tokens for config in self.configs):
             raise ArgumentError("kl_tokens needs the language model: train with saehook.training_run.train_saes.")
-        self.batches, self.kl_batches = batches, kl_batches
+        self.batches, self.kl_batches, self.devices = batches, kl_batches, devices
+        devices.check(self.configs)
         self.device = device
         self.log_file = None if log_dir is None else Path(log_dir) / metrics_log.METRICS
         check_loggers(log)
@@ -88,7 +91,7 @@ class Trainer:
         self.log = tuple(log)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.checkpoint_seconds = checkpoint_seconds
-        self.progress = progress
+        self.progress = progress and devices.is_main
         self.steps = 0
         """Steps taken so far."""
         self.runs: list[SAERun] = []
@@ -106,7 +109,7 @@ class Trainer:
 
         `resume` goes on from the newest checkpoint, with `batches` made anew: those that can say where they were
         (`harvest.Shuffled`) go on there, others are read again up to that place. On a CPU the result has the same bits
-        as that of a run that was never interrupted.
+        as that of a run that was never interrupted. Of several devices the main one returns the SAEs, the others nothing.
 
         Warns (UserWarning) where the activations ended early, or where no token was left to calibrate a threshold.
 
@@ -126,17 +129,23 @@ class Trainer:
                 self.runs, self.steps = self._start(stream), 0
             settings = {run.name: resolved_settings(run.config, run.k_aux) for run in self.runs}
             folder = None if self.log_file is None else self.log_file.parent
-            with contextlib.closing(Loggers(self.log, folder, settings, self.steps)) as self.loggers:
+            with contextlib.closing(
+                Loggers(self.log if self.devices.is_main else (), folder, settings, self.steps)
+            ) as self.loggers:
                 self._train(stream, bar)
             if self.checkpoint_dir is not None:  # what follows can be done again
                 self._save(stream)
-        if (trained := self.steps * self.batch_tokens) < total:
+        if (trained := self.steps * self.batch_tokens) < total and self.devices.is_main:
             warnings.warn(
                 f"the activations ended early: trained on {trained:,} of {total:,} tokens.", UserWarning, stacklevel=2
             )
         saes = [run.finish() for run in self.runs]
         self._calibrate(stream, saes)
-        return saes
+        whole = [
+            self.devices.whole(sae, config.inference, config.d_sae)
+            for sae, config in zip(saes, self.configs, strict=True)
+        ]
+        return [sae for sae in whole if sae is not None]
 
     def _start(self, stream: Stream) -> list[SAERun]:
         if (available := stream.available(self.batch_tokens)) < self.batch_tokens:
@@ -159,7 +168,13 @@ class Trainer:
             names.append(name if name not in names else f"{name}-{len(names)}")
         self.facts = dict(facts)
         return [
-            SAERun(config, name, facts[config.site], None if config.site_out is None else facts[config.site_out])
+            SAERun(
+                config,
+                name,
+                facts[config.site],
+                None if config.site_out is None else facts[config.site_out],
+                self.devices,
+            )
             for config, name in zip(self.configs, names, strict=True)
         ]
 
@@ -168,7 +183,7 @@ class Trainer:
         saved = time.monotonic()
         scratch = kernels.Scratch()
         while not all(run.done for run in self.runs):
-            if self._stop.is_set():
+            if self.devices.any(self._stop.is_set()):
                 raise TrainingInterrupted(self._said_where(stream, bar))
             active = [run for run in self.runs if not run.done]
             batch, judged = None, None
@@ -188,7 +203,8 @@ class Trainer:
             bar.update(self.batch_tokens)
             if self.steps % LOG_STEPS == 0:
                 self._log(bar)
-            if self.checkpoint_dir is not None and time.monotonic() - saved >= self.checkpoint_seconds:
+            due = time.monotonic() - saved >= self.checkpoint_seconds
+            if self.checkpoint_dir is not None and self.devices.main_says(due):
                 self._save(stream, bar)
                 saved = time.monotonic()
         self._log(bar)
@@ -196,7 +212,7 @@ class Trainer:
     def _log(self, bar: tqdm) -> None:
         """Read the metrics of the SAEs that have stepped, show them and append them to the log."""
         lines = [{"sae": run.name, **run.read_metrics()} for run in self.runs if run.summed_steps]
-        if not lines:
+        if not lines or not self.devices.is_main:
             return
         mean = {key: sum(line[key] for line in lines) / len(lines) for key in ("fvu", "l0", "dead_share")}
         bar.set_postfix(fvu=f"{mean['fvu']:.3f}", l0=f"{mean['l0']:.1f}", dead=f"{mean['dead_share']:.1%}")
@@ -236,12 +252,12 @@ class Trainer:
             run_tensors, run_data = run.state()
             tensors |= {f"runs.{i}.{name}": x for name, x in run_tensors.items()}
             data["runs"].append(run_data)
-        return self._patiently(lambda: save_state(folder, self.steps, tensors, data), bar)
+        return self._patiently(lambda: self.devices.save_state(folder, self.steps, tensors, data), bar)
 
     def _resume(self, stream: Stream) -> None:
         if self.checkpoint_dir is None:
             raise ArgumentError("there is nothing to resume from. Give the trainer the checkpoint_dir of the run.")
-        tensors, data, folder = load_state(self.checkpoint_dir)
+        tensors, data, folder = self.devices.load_state(self.checkpoint_dir)
         recorded = data["configs"]
         if len(recorded) == len(self.configs) and data["scales"].keys() == self.d_in.keys():
             on_device = {name: x.to(self.device) for name, x in tensors.items() if name.startswith("facts.")}
@@ -264,7 +280,7 @@ class Trainer:
         if self.kl_batches is not None:
             self.kl_batches.load_state(data["kl_batches"])
         stream.load_state(tensors, data["stream"], self._streamed_steps() * self.batch_tokens)
-        if self.log_file is not None:
+        if self.log_file is not None and self.devices.is_main:
             metrics_log.drop_lines_after(self.log_file, self.steps)
 
     def _streamed_steps(self) -> int:
@@ -278,9 +294,9 @@ class Trainer:
             try:
                 return write()
             except OSError as error:
-                if error.errno not in DISK_FULL or self._stop.is_set():
+                if error.errno not in DISK_FULL or self.devices.any(self._stop.is_set()):
                     raise
-                if not said:
+                if not said and self.devices.is_main:
                     message = f"{error} Training pauses and goes on when there is room; nothing is lost."
                     if bar is not None:
                         bar.write(message, file=sys.stderr)
@@ -294,10 +310,13 @@ class Trainer:
     def _calibrate(self, stream: Stream, saes: list[SAE]) -> None:
         """Thresholds and statistics from the tokens that follow the training tokens."""
         wanted = [config.calibration_tokens for config in self.configs]
-        calibrators = [Calibrator(sae, tokens) for sae, tokens in zip(saes, wanted, strict=True)]
+        calibrators = [
+            Calibrator(sae, config.calibration_tokens, config.inference, self.devices)
+            for sae, config in zip(saes, self.configs, strict=True)
+        ]
         left = max(wanted)
         while left > 0 and (n := stream.available(min(left, self.batch_tokens))) > 0:
-            if self._stop.is_set():
+            if self.devices.any(self._stop.is_set()):
                 saved = "nothing is saved" if self.checkpoint_dir is None else "resume it to do that again"
                 raise TrainingInterrupted(f"all steps were taken, but not yet all latents measured: {saved}.")
             batch = stream.take(n)
@@ -306,11 +325,13 @@ class Trainer:
             left -= n
         for calibrator, tokens in zip(calibrators, wanted, strict=True):
             running_mean = None if calibrator.sae.threshold is None else float(calibrator.sae.threshold.detach()[0])
-            record_calibration(calibrator.sae, calibrator.finish(), tokens, running_mean)
+            record_calibration(calibrator.sae, calibrator.finish(), tokens, running_mean, self.devices.is_main)
 
 
-def record_calibration(sae: SAE, result: Calibration, wanted: int, running_mean: float | None) -> None:
-    """Put what the calibration found into `sae.metadata`; warn where a threshold could not be calibrated."""
+def record_calibration(
+    sae: SAE, result: Calibration, wanted: int, running_mean: float | None, speaks: bool = True
+) -> None:
+    """Put what the calibration found into `sae.metadata`; warn where a threshold could not be calibrated, if it `speaks`."""
     sae.metadata["calibration"] = {"tokens": result.tokens, "wanted_tokens": wanted, "l0": result.l0}
     if not isinstance(sae.config.activation, BatchTopK):
         return
@@ -321,7 +342,7 @@ def record_calibration(sae: SAE, result: Calibration, wanted: int, running_mean:
         "calibrated": float(sae.threshold.detach()[0]) if result.tokens else None,
         "calibrated_l0": result.l0,
     }
-    if result.tokens == 0:
+    if result.tokens == 0 and speaks:
         warnings.warn(
             f"no fresh tokens were left to calibrate the threshold of the BatchTopK at {sae.site}; it is the running "
             f"mean of the training batches. Let the activations go on for {wanted:,} tokens after training.",

@@ -20,6 +20,9 @@ from saehook.checkpoint import save_sae
 from saehook.config import MAX_NORM_RATIO, MaskRule, TrainConfig
 from saehook.corpus import Document
 from saehook.dataset_text import DatasetText
+from saehook.devices import ONE_DEVICE, OneDevice
+from saehook.distributed.reading import SharedPass
+from saehook.distributed.shards import Shards
 from saehook.errors import ArgumentError
 from saehook.eval_result import EvalResult
 from saehook.evaluation import evaluate
@@ -76,6 +79,7 @@ def train_saes(
     resume: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     log: Sequence[str] = (),
+    devices: OneDevice = ONE_DEVICE,
 ) -> TrainingRun:
     """Train SAEs on text in one pass of the language model and write each into a folder of its own below `out`.
 
@@ -94,6 +98,8 @@ def train_saes(
             and first seed needs no pass of the LM.
         resume: go on from the newest checkpoint in `out`; everything else must be as it was.
         log: "tensorboard", "wandb" or both; the curves go there, too (`loggers`).
+        devices: those that train together (`distributed.session`), each in a process that calls this with the same arguments;
+            the main one returns the run, the others an empty one.
 
     Raises:
         ArgumentError: no config, two that would be written to the same folder, an `out` that holds an unfinished run, or
@@ -119,9 +125,15 @@ def train_saes(
     if len(set(folders)) < len(folders):
         raise ArgumentError("two configs have the same site, activation and size. Change one, or train them apart.")
     check_loggers(log)
-    if not resume:
-        check_unused(out)
-    out.mkdir(parents=True, exist_ok=True)
+    shards = devices if isinstance(devices, Shards) else None
+    devices.check(configs)
+
+    def prepare() -> None:
+        if not resume:
+            check_unused(out)
+        out.mkdir(parents=True, exist_ok=True)
+
+    devices.main_does(prepare)
     seed = configs[0].seed
 
     def from_the_start(repeat: bool = repeat, seed: int = seed) -> TextStream:
@@ -133,7 +145,16 @@ def train_saes(
         "revision": getattr(model.lm.config, "_commit_hash", None),
         "tokenizer_sha256": tokenizer_sha256(model.tokenizer),
     }
-    if cache is None:
+    source_text: TextStream | SharedPass = text
+    if shards is not None:
+        facts = {"settings": [dataclasses.asdict(config) for config in configs], "text": text.sha256, **lm}
+        shards.mesh.check_same(facts | {"mask": (str(base), max_norm_ratio), "repeat": repeat, "cache": str(cache)})
+    if cache is None and shards is not None:
+        opening, chunks = (
+            SharedPass(model, list(widths), t, shards.mesh, skip_first_tokens) for t in (from_the_start(), text)
+        )
+        source_text = chunks
+    elif cache is None:
         opening, chunks = (activations_of(model, list(widths), t, skip_first_tokens) for t in (from_the_start(), text))
     else:
         common: dict[str, Any] = {
@@ -155,7 +176,7 @@ def train_saes(
         buffer_tokens=max(config.resolved_buffer_tokens for config in configs),
         batch_tokens=configs[0].resolved_batch_tokens,
         seed=seed,
-        text=text if cache is None else None,  # a cache is read again up to the place where a run was stopped
+        text=source_text if cache is None else None,  # a cache is read again up to the place where a run was stopped
     )
     kl_batches = None
     if any(config.kl_tokens for config in configs):
@@ -172,12 +193,16 @@ def train_saes(
         checkpoint_seconds=checkpoint_seconds,
         log=log,
         progress=progress,
+        devices=devices,
     )
     if not resume:
-        (out / METRICS).unlink(missing_ok=True)
+        devices.main_does(lambda: (out / METRICS).unlink(missing_ok=True))
     with stopped_by_signals(trainer):
         saes = trainer.fit(resume=resume)
-    read = {"windows_read": text.served, "passes": text.passes + 1} if cache is None else {"cached": True}
+    if not devices.is_main:
+        return TrainingRun([])
+    place = source_text.state()
+    read = {"windows_read": place["served"], "passes": place["passes"] + 1} if cache is None else {"cached": True}
     source = {
         "lm": lm,
         "text": {**text.facts, "window": text.window, **read},

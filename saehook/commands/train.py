@@ -6,17 +6,19 @@ import argparse
 import dataclasses
 import inspect
 import json
+import os
 import types
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saehook.commands.shared import add_text, documents_of_setting, held_out_text, load_lm, whole_number
-from saehook.config import MAX_NORM_RATIO, METHODS, TrainConfig, activation_to_dict, count
+from saehook.config import MAX_NORM_RATIO, MESH_TIMEOUT_SECONDS, METHODS, TrainConfig, activation_to_dict, count
 from saehook.errors import ArgumentError
 from saehook.loggers import LOGGERS, check_loggers
 
 if TYPE_CHECKING:
+    from saehook.devices import OneDevice
     from saehook.sae import SAE
 
 HELP = "train SAEs on text"
@@ -36,6 +38,19 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--resume", type=Path, metavar="DIR", help="go on with the run in this folder, after it was stopped or killed"
+    )
+    sub.add_argument(
+        "--mesh",
+        metavar="MESH",
+        help="share the work among the processes that torchrun or accelerate launch started: latent=8 shares the latents of\n"
+        "each SAE, data=4,latent=8 also the tokens of each batch (default: data=all of them)",
+    )
+    sub.add_argument(
+        "--mesh-timeout",
+        type=float,
+        default=MESH_TIMEOUT_SECONDS,
+        metavar="N",
+        help=f"seconds after which a process that does not answer is taken for dead (default: {MESH_TIMEOUT_SECONDS:g})",
     )
     sub.add_argument("--site", nargs="+", metavar="SITE", help="sites or patterns (default: resid_post at half depth)")
     sub.add_argument("--activation", choices=sorted(METHODS), help="training method (default: batchtopk)")
@@ -127,7 +142,19 @@ def run(arguments: argparse.Namespace) -> None:
     saehook train --config sweep.yaml                                    sites x methods x k x seeds, one pass
     saehook train --init DIR --tokens 1M --lr 1e-5                       go on from the weights of a finished SAE
     saehook train --resume DIR                                           after Ctrl-C, kill -9, a full disk
+    torchrun --nproc-per-node 8 -m saehook train ... --mesh latent=8     one SAE too large for one device
     """
+    if arguments.mesh is None and int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        from saehook.devices import ONE_DEVICE
+
+        return _train(arguments, ONE_DEVICE)
+    from saehook.distributed.session import session
+
+    with session(arguments.mesh, arguments.mesh_timeout) as devices:
+        _train(arguments, devices)
+
+
+def _train(arguments: argparse.Namespace, devices: OneDevice) -> None:
     import torch
 
     from saehook import corpus
@@ -137,6 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
     from saehook.training_run import check_unused, train_saes
 
     settings, out = _training_settings(arguments)
+    resume = arguments.resume is not None or _restarted(out)
     if (dtype := settings.get("dtype", "float32")) not in ("float32", "bfloat16"):
         raise ArgumentError(f"dtype {dtype!r} is unknown; float32 or bfloat16 is expected.")
     model = load_lm(argparse.Namespace(lm=settings.get("lm")))
@@ -157,9 +185,13 @@ def run(arguments: argparse.Namespace) -> None:
     eval_tokens = count(settings.get("eval_tokens", EVAL_TOKENS))
     held_out = held_out_text(documents_of_setting(settings, "eval_text"), eval_tokens, model) if eval_tokens else None
     check_loggers(_listed(settings.get("log", [])))
-    if arguments.resume is None:
-        check_unused(out)
-        atomic_write(out / RUN, json.dumps(settings, indent=1) + "\n")
+    if not resume:
+
+        def begin() -> None:
+            check_unused(out)
+            atomic_write(out / RUN, json.dumps(settings, indent=1) + "\n")
+
+        devices.main_does(begin)
     run = train_saes(
         model,
         configs,
@@ -171,15 +203,23 @@ def run(arguments: argparse.Namespace) -> None:
         max_norm_ratio=_number(settings, "max_norm_ratio", MAX_NORM_RATIO),
         dtype=getattr(torch, dtype),
         cache=None if settings.get("cache") is None else Path(settings["cache"]),
-        resume=arguments.resume is not None,
+        resume=resume,
+        devices=devices,
         log=_listed(settings.get("log", [])),
         **({"checkpoint_seconds": settings["checkpoint_seconds"]} if "checkpoint_seconds" in settings else {}),
     )
+    if not devices.is_main:
+        return
     if run.evaluation is not None:
         print(run.evaluation.table())
     for one in run.saes:
         print(f"wrote {one.folder}")
     print(f"report in {out / 'report.html'}")
+
+
+def _restarted(out: Path) -> bool:
+    """Whether torchrun started all processes again after one failed, and there is something to go on from."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0 and any((out / "checkpoints").glob("step-*"))
 
 
 def _training_settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:

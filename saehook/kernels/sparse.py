@@ -43,7 +43,20 @@ def encode(
             pre = pre_acts_by_latent(centred, W_enc, b_enc, scratch).T
         selection = select(pre)
         values = selection.values(pre).to(x.dtype)
-    return Encoded(_Encode.apply(values, centred, W_enc, b_enc, b_dec, selection, scratch), selection)
+    return Encoded(selected(values, centred, W_enc, b_enc, b_dec, selection, scratch), selection)
+
+
+def selected(
+    values: Tensor,
+    centred: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    selection: Selection,
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """The pre-activations `values` [m] of the selected pairs, however they were found, with their gradients."""
+    return _Encode.apply(values, centred, W_enc, b_enc, b_dec, selection, scratch)
 
 
 def decode(values: Tensor, W_dec: Tensor, selection: Selection, scratch: Scratch | None = None) -> Tensor:

@@ -1,0 +1,198 @@
+"""What a training step asks of the devices that it runs on. Here there is one; `distributed.shards` answers for several.
+
+Several devices form a mesh: each has some of the latents (their rows of all parameters but b_dec and W_skip, which all
+have) and sees some tokens of each batch. With one device every question has the answer "all of it", at no cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from saehook import kernels, losses, run_state
+from saehook.config import Activation, TrainConfig
+from saehook.initial_rows import unit_rows
+
+if TYPE_CHECKING:
+    from saehook.sae import SAE
+
+WHOLE_PARAMETERS = frozenset({"b_dec", "W_skip"})
+"""Parameters that every device has whole; of the others each has the rows of its latents."""
+
+
+class OneDevice:
+    """All latents and all tokens are here."""
+
+    is_main = True
+    """Whether this process writes files and speaks."""
+
+    def check(self, configs: Sequence[TrainConfig]) -> None:
+        """Raises ArgumentError for an SAE that cannot be trained on these devices."""
+
+    # --- what is where -----------------------------------------------------------------------------------------------
+
+    def latents(self, d_sae: int) -> slice:
+        """Those of this device."""
+        return slice(0, d_sae)
+
+    def tokens(self, batch: Tensor) -> Tensor:
+        """Those of this device among the tokens [n, width] of a batch."""
+        return batch
+
+    def number(self, here: int) -> int:
+        """Tokens of the batch on all devices, where `here` are on this one."""
+        return here
+
+    def unit_rows(self, d_sae: int, width: int, generator: torch.Generator) -> Tensor:
+        """Those of this device of the random rows that an SAE begins with."""
+        return unit_rows(d_sae, width, generator)
+
+    def part_of(self, sae: SAE) -> SAE:
+        """A whole SAE with the latents of this device only."""
+        return sae
+
+    def whole(self, sae: SAE, activation: Activation, d_sae: int) -> SAE | None:
+        """The SAE of all latents, where `sae` has those here; on the main process, None on the others."""
+        return sae
+
+    # --- one step, forward -------------------------------------------------------------------------------------------
+
+    def topk(self, pre_acts: Tensor, k: int, d_sae: int, *, descending: bool = False) -> kernels.Selection:
+        """The pairs here that are among the k largest of their token, of all `d_sae` latents; on request such that
+        `first_of_each_token` works."""
+        return kernels.topk(pre_acts, k, descending=descending)
+
+    def encode_topk(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        center: Tensor,
+        k: int,
+        d_sae: int,
+        scratch: kernels.Scratch | None,
+    ) -> tuple[Tensor, kernels.Selection]:
+        """The pairs that `topk` keeps, and their pre-activations [m]."""
+        return kernels.encode(x, W_enc, b_enc, center, lambda pre: self.topk(pre, k, d_sae), k=k, scratch=scratch)
+
+    def first_of_each_token(
+        self, selected: kernels.Selection, values: Tensor, k: int, of: int
+    ) -> tuple[kernels.Selection, Tensor]:
+        """The pairs, with their activations, that are among the k largest of their token, from those among the `of` largest."""
+        return selected.first_of_each_token(k), values.view(-1, of)[:, :k].reshape(-1)
+
+    def batch_topk(self, pre_acts: Tensor, k: int, d_sae: int) -> kernels.Selection:
+        """The pairs here that are among the tokens x k largest of the batch, of all `d_sae` latents."""
+        return kernels.batch_topk(pre_acts, k)
+
+    def read_by_all(self, parameter: Tensor) -> Tensor:
+        """The same; its gradient is the sum of those that the latents of all devices have for it."""
+        return parameter
+
+    def add_latents(self, part: Tensor) -> Tensor:
+        """Sum over the devices that have the other latents; every part gets the gradient of the sum."""
+        return part
+
+    def add_up(self, found: kernels.Autoencoded) -> kernels.Autoencoded:
+        """What was decoded, of all latents, and the cost, of all latents and tokens. `fired` stays what it is here."""
+        return found
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of [n, ...] over the tokens of all devices and the other dimensions, a scalar; its gradient is that of the part
+        here."""
+        return values.mean()
+
+    def squared_error(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        """Mean squared error of a token, summed over its components."""
+        return losses.squared_error(x, x_hat)
+
+    # --- one step, without gradients ---------------------------------------------------------------------------------
+
+    def total_variance(self, x: Tensor) -> Tensor:
+        """Mean squared distance of all tokens to their mean, a scalar."""
+        return losses.total_variance(x)
+
+    def add_tokens(self, x: Tensor) -> Tensor:
+        """Sum over the devices that have the other tokens."""
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over all devices, whose tokens and latents differ."""
+        return x
+
+    def latent_mean(self, x: Tensor) -> float:
+        """Mean of a number per latent over all latents."""
+        return float(x.double().mean())
+
+    def least(self, x: Tensor) -> Tensor:
+        """The smallest of all devices, element by element."""
+        return x
+
+    def all(self, x: Tensor) -> Tensor:
+        """Whether it is true on all devices, element by element."""
+        return x
+
+    def add_auxk_gradient(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        center: Tensor,
+        dead: Tensor,
+        k_aux: int,
+        coefficient: float,
+    ) -> Tensor:
+        """See `losses.add_auxk_gradient`; `dead` are those here."""
+        return losses.add_auxk_gradient(x, residual, W_enc, b_enc, W_dec, center, dead, k_aux, coefficient)
+
+    def add_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Bring the gradients of the other tokens in."""
+
+    def gradient_norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+        """Norm of all gradients together, a scalar."""
+        return nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+
+    # --- inference ---------------------------------------------------------------------------------------------------
+
+    def activate(self, sae: SAE, pre_acts: Tensor, activation: Activation) -> Tensor:
+        """Activations of the latents here, [n, d_sae], by the inference rule of all latents."""
+        return sae.activate(pre_acts)
+
+    def decode(self, sae: SAE, acts: Tensor, x: Tensor) -> Tensor:
+        """The reconstruction from the activations of all latents, of which those here are given."""
+        return sae.decode(acts, x)
+
+    # --- the run -----------------------------------------------------------------------------------------------------
+
+    def nth_largest(self, values: Tensor, n: int) -> float:
+        """The n-th largest of the positive numbers [m] of the devices that have the other latents; 0 where there are fewer."""
+        return float(values.topk(n, sorted=False).values.min()) if values.numel() >= n else 0.0
+
+    def any(self, here: bool) -> bool:
+        """Whether it is true on some device."""
+        return here
+
+    def main_says(self, here: bool) -> bool:
+        """What the main process says."""
+        return here
+
+    def main_does(self, do: Callable[[], Any]) -> Any:
+        """What `do` gives on the main process, to all; an error there is raised on all."""
+        return do()
+
+    def save_state(self, folder: Path, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
+        """See `run_state.save_state`."""
+        return run_state.save_state(folder, step, tensors, data)
+
+    def load_state(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+        """See `run_state.load_state`; of the latents those of this device."""
+        return run_state.load_state(folder)
+
+
+ONE_DEVICE = OneDevice()

@@ -1,0 +1,1 @@
+"""Training on several devices: latents sharded, batches split, with torch.distributed."""

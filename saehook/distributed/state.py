@@ -1,0 +1,160 @@
+"""Checkpoints that several processes write into one file, each its rows, so that none ever holds the whole.
+
+The file is that of a run on one device (`run_state`): a run may go on with any other number of devices, or one. All processes
+must see the same folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from saehook import run_state
+from saehook.distributed.mesh import Mesh, shares
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Of safetensors."""
+_BY_LATENT = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "r_mag": 0, "b_mag": 0}
+"""The dimension of the parameters that goes over latents; of Adam's moments it is always the first."""
+
+
+def latent_axis(name: str) -> int | None:
+    """The dimension of a tensor of a checkpoint that goes over latents, by its name there; None: every process has it whole."""
+    runs, _, rest = name.partition(".")
+    if runs != "runs":
+        return None
+    _, part, rest = rest.split(".", 2)
+    if part == "optimizer":
+        parameter, _, key = rest.rpartition(".")
+        return 0 if parameter in _BY_LATENT and key != "step" else None
+    if part in ("parameters", "averages"):
+        return _BY_LATENT.get(rest)
+    return 0 if (part, rest) == ("run", "tokens_since_fired") else None
+
+
+def _is_dead(name: str) -> bool:
+    """The list of dead latents, whose entries are numbers of latents."""
+    return name.startswith("runs.") and name.endswith(".run.dead")
+
+
+def save(
+    mesh: Mesh, folder: Path, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any], d_sae: Sequence[int]
+) -> Path:
+    """See `run_state.save_state`; `tensors` are those of this process, `d_sae` that of each run. Returns or raises the same on
+    all processes."""
+    tensors = dict(tensors)
+    for name in filter(_is_dead, list(tensors)):
+        first = _rows(mesh, name, d_sae).start
+        tensors[name] = torch.cat(mesh.gather_some(tensors[name] + first, "latent", "checkpoint"))
+    shapes = {name: _whole_shape(name, x, d_sae) for name, x in tensors.items()}
+    begun = False
+
+    def write(path: Path, _: Mapping[str, Tensor]) -> None:
+        nonlocal begun
+        layout = _allocate(path, tensors, shapes)
+        begun = True
+        mesh.from_main((path, layout))
+        mesh.all_do(lambda: _fill(mesh, path, layout, tensors, shapes))
+
+    result: Any = None
+    if mesh.rank == 0:
+        try:
+            result = (True, run_state.save_state(folder, step, {}, data, write))
+        except OSError as error:
+            result = (False, error)
+        if not begun:
+            mesh.from_main(None)
+    elif (place := mesh.from_main(None)) is not None:
+        path, offsets = place
+        with contextlib.suppress(OSError):  # the main process says it
+            mesh.all_do(lambda: _fill(mesh, path, offsets, tensors, shapes))
+    well, value = mesh.from_main(result)
+    if not well:
+        raise value
+    return value
+
+
+def _run_of(name: str) -> int:
+    return int(name.split(".")[1])
+
+
+def _rows(mesh: Mesh, name: str, d_sae: Sequence[int]) -> slice:
+    return shares(d_sae[_run_of(name)], mesh.sizes["latent"])[mesh.places["latent"]]
+
+
+def _whole_shape(name: str, x: Tensor, d_sae: Sequence[int]) -> list[int]:
+    shape, axis = list(x.shape), latent_axis(name)
+    if axis is not None:
+        shape[axis] = d_sae[_run_of(name)]
+    return shape
+
+
+def _allocate(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, int]:
+    """A safetensors file of the right size, whose tensors are yet to be written; returns the offset of each."""
+    header, offsets, end = {}, {}, 0
+    # The widest first, so that each lies at a multiple of its width.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        x = tensors[name]
+        begin, end = end, end + math.prod(shapes[name]) * x.element_size()
+        header[name] = {"dtype": _NAMES[x.dtype], "shape": shapes[name], "data_offsets": [begin, end]}
+        offsets[name] = begin
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.flush()
+        # A full disk is said here; while a map is written it would be a signal.
+        allocate = getattr(os, "posix_fallocate", None)
+        allocate(file.fileno(), 0, 8 + len(text) + end) if allocate else file.truncate(8 + len(text) + end)
+    return {name: 8 + len(text) + begin for name, begin in offsets.items()}
+
+
+def _fill(
+    mesh: Mesh, path: Path, offsets: Mapping[str, int], tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]
+) -> None:
+    """Write what this process has: its latents, if it is the first of those that have them; the main one the rest."""
+    file = np.memmap(path, dtype=np.uint8, mode="r+")
+    for name, x in tensors.items():
+        axis = latent_axis(name)
+        if x.numel() == 0 or (mesh.places["data"] if axis is not None else mesh.rank) > 0:
+            continue
+        size = math.prod(shapes[name]) * x.element_size()
+        whole = torch.from_numpy(file[offsets[name] : offsets[name] + size]).view(x.dtype).view(shapes[name])
+        if axis is not None:
+            first = shares(shapes[name][axis], mesh.sizes["latent"])[mesh.places["latent"]].start
+            whole = whole.narrow(axis, first, x.shape[axis])
+        whole.copy_(x.detach())
+    file.flush()
+
+
+def load(mesh: Mesh, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+    """See `run_state.load_state`; of what goes over latents those of this process."""
+    data, path = mesh.main_does(lambda: run_state.find_state(folder))
+    d_sae = [config["d_sae"] for config in data["configs"]]
+    tensors = {}
+    with safe_open(path / run_state.TENSORS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            axis = latent_axis(name)
+            if axis is not None:
+                rows = _rows(mesh, name, d_sae)
+                part = file.get_slice(name)
+                tensors[name] = part[rows] if axis == 0 else part[:, rows]
+                continue
+            tensors[name] = file.get_tensor(name)
+            if _is_dead(name):
+                rows, dead = _rows(mesh, name, d_sae), tensors[name]
+                tensors[name] = dead[(dead >= rows.start) & (dead < rows.stop)] - rows.start
+    return tensors, data, path
