@@ -1,0 +1,131 @@
+"""An SAE on held-out sequences: sums over the tokens of each, so that ratios and their intervals can be made of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from reproduction.bootstrap import Table
+from reproduction.data import Data, HeldOut, LanguageModel, Site
+from saehook import SAE, BatchTopK, JumpReLU, TopK
+from saehook.editing import ReplaceAction
+from saehook.metrics import Moments, token_kl
+from saehook.reconstruction import Fidelity
+from saehook.suite.progressive_code import with_topk
+from saehook.suite.sample import Sample, loss_sums
+
+ROWS = 8
+"""Sequences that the language model runs at a time."""
+
+
+@torch.no_grad()
+def fidelity(sae: SAE, held: HeldOut) -> tuple[Fidelity, Tensor]:
+    """Reconstruction of the tokens that count, and x_hat [n, d_in] of them in order."""
+    moments = Moments()
+    moments.update(held.x[held.mask])
+    found = Fidelity(sae, moments.mean)
+    return found, found.update(held.x, held.x, held.mask)
+
+
+@torch.no_grad()
+def table(sae: SAE, data: Data, *, loss: bool = True) -> Table:
+    """`n`, `error`, `variance`, `l0`, `square_hat`, `product`, ... (`saehook.reconstruction`), and at a site of a language
+    model, with `loss`, `delta_ce`, `kl` and their number of tokens `n_loss`; [sequences] each."""
+    held = data.held_out("measuring")
+    found, x_hat = fidelity(sae, held)
+    sums = dict(found.sums.by_sequence())
+    if loss and isinstance(data, Site):
+        sums |= spliced(data.lm, data.site, held, x_hat)
+    return sums
+
+
+@torch.no_grad()
+def spliced(lm: LanguageModel, site: str, held: HeldOut, x_new: Tensor) -> Table:
+    """What the model loses with `x_new` [n, d_in] on the tokens that count."""
+    assert held.ids is not None
+    clean = _clean_logits(lm, held)
+    counts = held.mask.sum(1).tolist()
+    new = torch.split(x_new, [sum(counts[i : i + ROWS]) for i in range(0, len(counts), ROWS)])
+    found: dict[str, list[Tensor]] = {"delta_ce": [], "kl": [], "n_loss": []}
+    for i, values in zip(range(0, len(held.ids), ROWS), new, strict=True):
+        rows = slice(i, i + ROWS)
+        ids, mask = held.ids[rows], held.mask[rows]
+        logits = lm.model.run(ids, {site: ReplaceAction(mask, lambda _, values=values: values)}).logits.float()
+        found["delta_ce"].append(loss_sums(logits, ids, mask) - loss_sums(clean[rows], ids, mask))
+        kl = token_kl(clean[rows], logits).double() * mask
+        found["kl"].append(kl[:, :-1].sum(1).cpu())
+        found["n_loss"].append(mask[:, :-1].sum(1).double())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+_CLEAN: dict[tuple[int, int], Tensor] = {}
+
+
+def _clean_logits(lm: LanguageModel, held: HeldOut) -> Tensor:
+    """[sequences, SEQUENCE, vocabulary], made once."""
+    assert held.ids is not None
+    key = (id(lm), len(held.ids))
+    if key not in _CLEAN:
+        parts = [lm.model.run(ids, {}).logits.float() for ids in held.ids.split(ROWS)]
+        _CLEAN[key] = torch.cat(parts)
+    return _CLEAN[key]
+
+
+@torch.no_grad()
+def mean_l0(sae: SAE, data: Data, part: str = "matching") -> float:
+    """Mean number of latents that fire on a token."""
+    held = data.held_out(part)
+    return float((sae.encode(held.x[held.mask]) > 0).sum(-1).double().mean())
+
+
+def with_rule(sae: SAE, change: Callable[[SAE], None]) -> SAE:
+    """A copy that `change` has been done to."""
+    other = copy.deepcopy(sae)
+    change(other)
+    return other
+
+
+@torch.no_grad()
+def at_l0(sae: SAE, data: Data, wanted: float) -> SAE:
+    """The same weights at that mean L0 on the matching sequences, as near as the rule allows: TopK by another k, one
+    threshold, or all thresholds of a JumpReLU times one factor. A ReLU stays as it is."""
+    activation = sae.config.activation
+    if isinstance(activation, TopK):
+        return with_topk(sae, max(1, round(wanted)))
+    if not isinstance(activation, (BatchTopK, JumpReLU)):
+        return sae
+    assert sae.threshold is not None
+    start = sae.threshold.detach().clone()
+    low, high = 0.0, 64.0
+    for _ in range(40):
+        factor = (low + high) / 2
+        sae = with_rule(sae, lambda s, factor=factor: s.set_threshold(start * factor))
+        low, high = (factor, high) if mean_l0(sae, data) > wanted else (low, factor)
+    return sae
+
+
+@torch.no_grad()
+def sample(sae: SAE, data: Data, sequences: int | None = None) -> Sample:
+    """The tokens that count as the suite's metrics take them; of the first so many sequences."""
+    held = data.held_out("measuring")
+    x, mask = held.x[:sequences], held.mask[:sequences]
+    row, column = mask.nonzero(as_tuple=True)
+    kept = x[mask]
+    return Sample(data.site, sae, kept, kept, row, column, len(x), 0)
+
+
+def in_dtype(sae: SAE, dtype: torch.dtype) -> SAE:
+    """A copy with weights of another dtype."""
+    return copy.deepcopy(sae).to(dtype)
+
+
+def replaced(sae: SAE, **changes: object) -> SAE:
+    """The same weights, not copied, with another config."""
+    other = SAE(dataclasses.replace(sae.config, **changes), device="meta", site=sae.site)  # type: ignore[arg-type]
+    for name, parameter in sae.named_parameters():
+        setattr(other, name, parameter)
+    return other
