@@ -46,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--full", action="store_true", help="the form for an accelerator")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument(
-        "--only", nargs="+", default=[], choices=["planted", "bundled", "stories"], help="some of the data only"
+        "--only", nargs="+", default=[], metavar="DATA", help="planted, bundled, stories, or one site, bundled/SITE"
     )
+    options.add_argument("--methods-run", type=Path, help="SAEs of demos/compare_methods.py, in place of new ones")
     options.add_argument("--folder", type=Path, default=Path("runs/reproduction"), help="SAEs and activations")
     options.add_argument("--results", type=Path, default=page.RESULTS, help="where the numbers go")
     options.add_argument("--novels", type=Path, help="folder of .txt files")
@@ -58,17 +59,10 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def run(claim: Claim, arguments: argparse.Namespace, places: Places) -> Outcome:
+def run(claim: Claim, lab: Lab) -> Outcome:
     """Measure one claim, and say with what."""
     started = time.monotonic()
-    lab = Lab(
-        arguments.folder,
-        places,
-        full=arguments.full,
-        seeds=arguments.seeds,
-        progress=not arguments.quiet,
-        only=arguments.only,
-    )
+    lab.begin()
     outcome = claim.measure(lab)
     facts = {
         "form": lab.form,
@@ -114,9 +108,17 @@ def main(given: Sequence[str] | None = None) -> int:
     names = list(known) if arguments.all else arguments.names
     if not names and not arguments.page:
         options.error("name a claim, or give --list, --all or --page.")
-    places = Places(arguments.novels, *stories)
+    lab = Lab(
+        arguments.folder,
+        Places(arguments.novels, *stories),
+        full=arguments.full,
+        seeds=arguments.seeds,
+        progress=not arguments.quiet,
+        only=arguments.only,
+        methods=arguments.methods_run,
+    )
     for name in names:
-        outcome = run(known[name], arguments, places)
+        outcome = run(known[name], lab)
         write(name, outcome, arguments.results)
         print(f"{name}: {outcome.verdict} ({outcome.facts['seconds']} s)", flush=True)
     if arguments.page or (names and arguments.results == page.RESULTS):

@@ -130,6 +130,8 @@ class LanguageModel:
     sites: tuple[str, ...]
     cache: Path
     places: Places = field(default_factory=Places)
+    clean_logits: Tensor | None = None
+    """Of the measuring sequences, [MEASURING, SEQUENCE, vocabulary], once they were made."""
 
     @functools.cached_property
     def model(self) -> HookedModel:
@@ -205,7 +207,8 @@ class LanguageModel:
 
     @functools.cached_property
     def _held_x(self) -> dict[str, Tensor]:
-        return self.model.activations(self.held_out_ids, self.sites)
+        found = self.model.activations(self.held_out_ids, self.sites)
+        return {site: x.cpu() for site, x in found.items()}
 
     def part(self, name: str) -> Tensor:
         """Rows of the held-out text: `matching` or `measuring`."""

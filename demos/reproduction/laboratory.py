@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from reproduction.bootstrap import Table
 from reproduction.data import Data, LanguageModel, Places, Planted, Site
 from reproduction.measure import table
@@ -49,6 +51,8 @@ FULL = {
     "stories": Size(4096, 16, 20_000_000, 4096),
 }
 """For an accelerator."""
+GIVEN = Size(4096, 32, 5_000_000, 4096)
+"""Of demos/compare_methods.py."""
 CALIBRATION_TOKENS = 20_000
 
 
@@ -64,20 +68,31 @@ class Lab:
         seeds: int = 3,
         progress: bool = True,
         only: Sequence[str] = (),
+        methods: Path | None = None,
     ) -> None:
-        """`only`: some of the data, by the first words of their names; none: all that are there."""
+        """`only`: some of the data, `planted`, a model or MODEL/SITE; none: all that are there. `methods`: a run of
+        demos/compare_methods.py, whose SAEs stand for those of the bundled model's residual stream."""
         self.folder = folder
         self.form = "full" if full else "small"
         self.sizes = FULL if full else SMALL
         self.seeds = list(range(seeds))
-        self.runner = Runner(folder, progress=progress)
+        device = "cuda" if full and torch.cuda.is_available() else "cpu"
+        self.runner = Runner(folder, progress=progress, device=device)
         lms = {"bundled": LanguageModel("bundled", (RESID, MLP), folder / "activations", places)}
         if places.stories_lm is not None:
             lms["stories"] = LanguageModel("stories", (RESID, MLP), folder / "activations", places)
         self.only = tuple(only)
-        self.lms = {name: lm for name, lm in lms.items() if not only or name in only}
+        self.lms = {name: lm for name, lm in lms.items() if not only or name in {part.split("/")[0] for part in only}}
+        self.given = (
+            {} if methods is None else {folder.name: folder for folder in sorted(methods.glob(f"{RESID}-*-seed*"))}
+        )
         self.used: dict[str, dict[str, Any]] = {}
-        """What was trained on, by data."""
+        """What was trained on since `begin`, by data."""
+        self._tables: dict[tuple[int, bool], Table] = {}
+
+    def begin(self) -> None:
+        """A new claim."""
+        self.used.clear()
 
     @property
     def planted(self) -> list[Planted]:
@@ -87,7 +102,12 @@ class Lab:
     @functools.cached_property
     def sites(self) -> list[Site]:
         """The bundled model's two sites, then those of the second model where it is there."""
-        return [Site(lm, site) for lm in self.lms.values() for site in lm.sites]
+        return [
+            Site(lm, site)
+            for lm in self.lms.values()
+            for site in lm.sites
+            if not self.only or {lm.name, f"{lm.name}/{site}"} & set(self.only)
+        ]
 
     def residual(self) -> list[Site]:
         """One site of each model."""
@@ -100,7 +120,13 @@ class Lab:
 
     def size(self, data: Data) -> Size:
         """Of SAEs on these data."""
+        if not self.trained_here(data):
+            return GIVEN
         return self.sizes["planted" if isinstance(data, Planted) else data.lm.name]
+
+    def trained_here(self, data: Data) -> bool:
+        """Whether there are other SAEs on these data than those that were given."""
+        return isinstance(data, Planted) or data.lm.name != "bundled" or data.site != RESID or not self.given
 
     def config(self, data: Data, method: str, seed: int, *, k: int | None = None, **settings: Any) -> TrainConfig:
         """The default SAE of a method on these data; ReLU and JumpReLU aim at the L0 of the others, unless they get a
@@ -117,7 +143,13 @@ class Lab:
 
     def runs(self, data: Data, method: str, *, untied: bool = False, **settings: Any) -> list[Run]:
         """One run for each seed."""
+        if not self.trained_here(data):
+            return [self._given(data, method, seed) for seed in self.seeds]
         return [Run(data, self.config(data, method, seed, **settings), untied) for seed in self.seeds]
+
+    def _given(self, data: Data, method: str, seed: int) -> Run:
+        folder = self.given[f"{RESID}-{method}{GIVEN.k}-{GIVEN.d_sae}-seed{seed}"]
+        return Run(data, self.config(data, method, seed), given=folder)
 
     def train(self, wanted: Mapping[Arm, list[Run]]) -> dict[Arm, list[SAE]]:
         """SAEs of each arm, a list of one for each seed; all that is missing is trained together."""
@@ -137,7 +169,16 @@ class Lab:
 
     def tables(self, saes: Sequence[SAE], data: Data, *, loss: bool = True) -> list[Table]:
         """Sums on the measuring sequences, one table for each SAE."""
-        return [table(sae, data, loss=loss) for sae in saes]
+        return [self._table(sae, data, loss) for sae in saes]
+
+    def _table(self, sae: SAE, data: Data, loss: bool) -> Table:
+        """Kept for SAEs as they were trained."""
+        if not any(sae is one for one in self.runner.loaded.values()):
+            return table(sae, data, loss=loss)
+        key = id(sae), loss or not isinstance(data, Site)
+        if key not in self._tables:
+            self._tables[key] = table(sae, data, loss=loss)
+        return self._tables[key]
 
     def facts(self) -> dict[str, Any]:
         """What was trained on, for the page."""

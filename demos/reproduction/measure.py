@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -54,7 +52,7 @@ def spliced(lm: LanguageModel, site: str, held: HeldOut, x_new: Tensor) -> Table
     for i, values in zip(range(0, len(held.ids), ROWS), new, strict=True):
         rows = slice(i, i + ROWS)
         ids, mask = held.ids[rows], held.mask[rows]
-        logits = lm.model.run(ids, {site: ReplaceAction(mask, lambda _, values=values: values)}).logits.float()
+        logits = lm.model.run(ids, {site: ReplaceAction(mask, lambda _, values=values: values)}).logits.float().cpu()
         found["delta_ce"].append(loss_sums(logits, ids, mask) - loss_sums(clean[rows], ids, mask))
         kl = token_kl(clean[rows], logits).double() * mask
         found["kl"].append(kl[:, :-1].sum(1).cpu())
@@ -62,17 +60,13 @@ def spliced(lm: LanguageModel, site: str, held: HeldOut, x_new: Tensor) -> Table
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-_CLEAN: dict[tuple[int, int], Tensor] = {}
-
-
 def _clean_logits(lm: LanguageModel, held: HeldOut) -> Tensor:
     """[sequences, SEQUENCE, vocabulary], made once."""
     assert held.ids is not None
-    key = (id(lm), len(held.ids))
-    if key not in _CLEAN:
-        parts = [lm.model.run(ids, {}).logits.float() for ids in held.ids.split(ROWS)]
-        _CLEAN[key] = torch.cat(parts)
-    return _CLEAN[key]
+    if (clean := lm.clean_logits) is None:
+        parts = [lm.model.run(ids, {}).logits.float().cpu() for ids in held.ids.split(ROWS)]
+        clean = lm.clean_logits = torch.cat(parts)
+    return clean
 
 
 @torch.no_grad()
@@ -80,13 +74,6 @@ def mean_l0(sae: SAE, data: Data, part: str = "matching") -> float:
     """Mean number of latents that fire on a token."""
     held = data.held_out(part)
     return float((sae.encode(held.x[held.mask]) > 0).sum(-1).double().mean())
-
-
-def with_rule(sae: SAE, change: Callable[[SAE], None]) -> SAE:
-    """A copy that `change` has been done to."""
-    other = copy.deepcopy(sae)
-    change(other)
-    return other
 
 
 @torch.no_grad()
@@ -99,13 +86,14 @@ def at_l0(sae: SAE, data: Data, wanted: float) -> SAE:
     if not isinstance(activation, (BatchTopK, JumpReLU)):
         return sae
     assert sae.threshold is not None
-    start = sae.threshold.detach().clone()
-    low, high = 0.0, 64.0
-    for _ in range(40):
-        factor = (low + high) / 2
-        sae = with_rule(sae, lambda s, factor=factor: s.set_threshold(start * factor))
-        low, high = (factor, high) if mean_l0(sae, data) > wanted else (low, factor)
-    return sae
+    held = data.held_out("matching")
+    threshold = sae.threshold.detach().clamp(min=torch.finfo(torch.float32).tiny)
+    factors = sae.pre_acts(held.x[held.mask]) / threshold
+    most = min(round(wanted * len(factors)), factors.numel() - 1)
+    factor = float(factors.flatten().kthvalue(factors.numel() - most).values)
+    other = copy.deepcopy(sae)
+    other.set_threshold(threshold * max(factor, 0.0))
+    return other
 
 
 @torch.no_grad()
@@ -121,11 +109,3 @@ def sample(sae: SAE, data: Data, sequences: int | None = None) -> Sample:
 def in_dtype(sae: SAE, dtype: torch.dtype) -> SAE:
     """A copy with weights of another dtype."""
     return copy.deepcopy(sae).to(dtype)
-
-
-def replaced(sae: SAE, **changes: object) -> SAE:
-    """The same weights, not copied, with another config."""
-    other = SAE(dataclasses.replace(sae.config, **changes), device="meta", site=sae.site)  # type: ignore[arg-type]
-    for name, parameter in sae.named_parameters():
-        setattr(other, name, parameter)
-    return other

@@ -43,6 +43,5 @@ def claim(name: str, *, source: str, says: str, shown: str) -> Callable[[Measure
 
 def claims() -> dict[str, Claim]:
     """All of them, in the order of the page."""
-    for module in MODULES:
-        importlib.import_module(f"reproduction.claims.{module}")
-    return CLAIMS
+    modules = [importlib.import_module(f"reproduction.claims.{module}").__name__ for module in MODULES]
+    return dict(sorted(CLAIMS.items(), key=lambda item: modules.index(item[1].measure.__module__)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -18,6 +19,7 @@ from torch import Tensor
 from reproduction.data import ORDER_SEED, Data
 from saehook import SAE, TrainConfig, load_sae
 from saehook.checkpoint import save_sae
+from saehook.config import SAEConfig
 from saehook.harvest import Shuffled
 from saehook.run_state import checkpoints
 from saehook.sae_run import resolved_settings
@@ -38,6 +40,8 @@ class Run:
     config: TrainConfig
     untied: bool = False
     """Begin with an encoder that has nothing to do with the decoder."""
+    given: Path | None = None
+    """A finished SAE of that config, which stands for the run."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -54,20 +58,28 @@ class Run:
     @property
     def key(self) -> str:
         """The name of the finished SAE's folder."""
+        if self.given is not None:
+            return self.given.name
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 class Runner:
     """Finished SAEs lie in `folder/saes/KEY`."""
 
-    def __init__(self, folder: Path, *, progress: bool = True) -> None:
+    def __init__(self, folder: Path, *, progress: bool = True, device: str = "cpu") -> None:
+        """`device`: to train on; finished SAEs are read back to the CPU."""
         self.folder = folder
+        self.device = device
         self.progress = progress
+        self.loaded: dict[str, SAE] = {}
+        """By key; one object for all claims."""
         self.trained = 0
         """SAEs that were trained, not found, by this runner."""
 
     def finished(self, run: Run) -> Path | None:
         """Where the SAE is, if it was trained before."""
+        if run.given is not None:
+            return run.given
         folder = self._place(run)
         return folder if (folder / "run.json").exists() else None
 
@@ -76,7 +88,10 @@ class Runner:
         missing = {run.key: run for run in runs if self.finished(run) is None}
         for group in self._groups(list(missing.values())):
             self._train(group)
-        return [load_sae(self._place(run)) for run in runs]
+        for run in runs:
+            if run.key not in self.loaded:
+                self.loaded[run.key] = load_sae(run.given or self._place(run))
+        return [self.loaded[run.key] for run in runs]
 
     def _place(self, run: Run) -> Path:
         return self.folder / "saes" / run.key
@@ -109,6 +124,7 @@ class Runner:
             configs,
             batches,
             d_in={run.config.site: run.data.d_in for run in group},
+            device=self.device,
             checkpoint_dir=work,
             checkpoint_seconds=300,
             progress=self.progress,
@@ -132,8 +148,6 @@ class Runner:
         """The config, with the SAE to start from where the encoder shall be a stranger to the decoder."""
         if not run.untied:
             return run.config
-        import dataclasses
-
         folder = work / f"untied-{run.key}"
         if not folder.exists():
             x = next(run.data.chunks())[run.config.site].float()
@@ -144,8 +158,6 @@ class Runner:
 @torch.no_grad()
 def untied(config: TrainConfig, x: Tensor) -> SAE:
     """An untrained SAE whose encoder and decoder are drawn apart, both with unit columns and rows; b_dec is the mean of x."""
-    from saehook.config import SAEConfig
-
     generator = torch.Generator().manual_seed(7000 + config.seed)
     d_in = x.shape[1]
     sae = SAE(SAEConfig(d_in=d_in, d_sae=config.d_sae, activation=config.inference), site=config.site)

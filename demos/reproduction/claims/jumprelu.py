@@ -96,6 +96,11 @@ def _rises(arms: list[str], number: Number) -> Statistic:
     return statistic
 
 
+def _half(lab: Lab, data: Data) -> int:
+    """Tokens of the runs of a sweep."""
+    return lab.size(data).tokens // 2
+
+
 def _some(lab: Lab) -> list[Data]:
     """Planted data and one site of the smallest model: sweeps are many runs."""
     sites = [site for site in lab.residual() if site.lm.name == "stories"] or lab.residual()[:1]
@@ -111,7 +116,9 @@ def _some(lab: Lab) -> list[Data]:
 def lambda_controls(lab: Lab) -> Outcome:
     rows, plots = [], []
     for data in _some(lab):
-        saes = lab.train({f"{c:g}": lab.runs(data, "jumprelu", sparsity_coefficient=c) for c in LAMBDAS})
+        saes = lab.train(
+            {f"{c:g}": lab.runs(data, "jumprelu", sparsity_coefficient=c, tokens=_half(lab, data)) for c in LAMBDAS}
+        )
         tables = {arm: lab.tables(ones, data, loss=False) for arm, ones in saes.items()}
         arms = list(tables)
         rows.append(finding(data, "largest ratio of L0 from one λ to the next", tables, _chain(arms, l0), below=1.0))
@@ -149,7 +156,9 @@ def bandwidth(lab: Lab) -> Outcome:
     for data in _some(lab):
         saes = lab.train(
             {
-                f"{e:g}": lab.runs(data, "jumprelu", sparsity_coefficient=BANDWIDTH_LAMBDA, bandwidth=e)
+                f"{e:g}": lab.runs(
+                    data, "jumprelu", sparsity_coefficient=BANDWIDTH_LAMBDA, bandwidth=e, tokens=_half(lab, data)
+                )
                 for e in BANDWIDTHS
             }
         )
@@ -224,20 +233,21 @@ def unit_norm(lab: Lab) -> Outcome:
     rows = []
     pairs: list[tuple[Data, Data]] = [(Planted(), Planted(scale=10.0))] if lab.planted else []
     stories = [site for site in lab.sites if site.lm.name == "stories"] or lab.sites
-    if stories:
+    if len(stories) > 1:
         pairs.append((stories[0], stories[1]))
     for pair in pairs:
         squares = [1 / float(_fresh(data).square().sum(-1).mean()) ** 0.5 for data in pair]
         coefficient = 0.03
         arms: dict[tuple[str, int], list[Run]] = {
-            ("scaled", i): lab.runs(data, "relu", sparsity_coefficient=coefficient) for i, data in enumerate(pair)
+            ("scaled", i): lab.runs(data, "relu", sparsity_coefficient=coefficient, tokens=_half(lab, data))
+            for i, data in enumerate(pair)
         }
         # ‖x - x_hat‖² + λ‖z‖₁ on x of norm s is s² times that of x / s with λ / s: relative to the first place.
         raw = coefficient * squares[1] / squares[0]
-        arms["raw", 1] = lab.runs(pair[1], "relu", sparsity_coefficient=raw)
+        arms["raw", 1] = lab.runs(pair[1], "relu", sparsity_coefficient=raw, tokens=_half(lab, pair[1]))
         saes = lab.train(arms)
         words = f"{pair[0].words} and {pair[1].words if isinstance(pair[1], Site) else 'the same × 10'}"
-        for i, data in enumerate(pair):
+        for i in range(2):
             scale = saes["scaled", i][0].metadata["input_scale"]
             rows.append(
                 exact(words, f"E‖x‖² after scaling, place {i + 1}", (scale / squares[i]) ** 2, above=0.99, below=1.01)

@@ -21,8 +21,12 @@ from saehook.suite.probe_tasks import make_tasks
 from saehook.suite.sample import AddAction
 
 NO_MODEL = "There is no language model among the data."
+ROWS = 4
+"""Sequences whose latents are ablated one by one."""
 TOKENS = 8
 """Tokens at which latents are ablated, for each seed."""
+EXAMPLES = 160
+"""Of a probe task."""
 RANDOM = 64
 """Random directions that are taken off instead."""
 
@@ -66,8 +70,8 @@ def sparse_effects(lab: Lab) -> Outcome:
     if len(rows) == 1:
         return Outcome([], untestable=NO_MODEL)
     notes = [
-        f"At {TOKENS} random tokens for each seed; T = {HORIZON}. Latents over coordinates and random directions: mean over seeds, and "
-        "from the smallest to the largest."
+        f"At {TOKENS} random tokens for each seed; T = {HORIZON}. Latents over coordinates, and over random directions: from seed "
+        "to seed."
     ]
     return Outcome(rows, notes=notes)
 
@@ -106,7 +110,7 @@ def probes(lab: Lab) -> Outcome:
     if not sites:
         return Outcome([], untestable="The tasks are about Python source, which only the bundled model knows.")
     (site,) = sites
-    tasks = make_tasks(corpus.read_documents(corpus.held_out_files()), examples=400)
+    tasks = make_tasks(corpus.read_documents(corpus.held_out_files()), examples=EXAMPLES)
     saes = lab.arms(site, "topk")["topk"]
     found: dict[str, list] = {}
     examples = None
@@ -173,8 +177,8 @@ def n2g(lab: Lab) -> Outcome:
     "attribution",
     source="Marks et al. 2024, section 3; Syed et al. 2023",
     says="First-order attribution approximates what ablating a latent does.",
-    shown="Over all active latents on every token, the Pearson correlation of predicted and measured effects is above 0.9, the rank "
-    "correlation above 0.8, for each seed.",
+    shown="Over all active latents on every token, the Pearson correlation of predicted and measured effects is above 0.9, "
+    "the rank correlation above 0.8, for each seed.",
 )
 def attribution(lab: Lab) -> Outcome:
     rows = []
@@ -185,7 +189,7 @@ def attribution(lab: Lab) -> Outcome:
         for sae in lab.arms(site, "topk")["topk"]:
             hooked = site.lm.model.attach({site.site: sae})
             try:
-                for measure in attribution_accuracy(hooked, held.ids, n_rows=6)[site.site]:
+                for measure in attribution_accuracy(hooked, held.ids, n_rows=ROWS)[site.site]:
                     found.setdefault(measure.name, []).append(measure)
             finally:
                 hooked.detach()

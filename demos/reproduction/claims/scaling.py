@@ -16,10 +16,9 @@ from reproduction.outcome import Outcome, Plot, Series
 from reproduction.registry import claim
 from saehook import SAE
 
-SIZES = {"stories": ((64, 128, 256, 512, 1024), (4, 8, 16, 32)), "bundled": ((256, 512, 1024, 2048), (16, 32, 64))}
+SIZES = {"stories": ((64, 128, 256, 512), (4, 8, 16))}
 FULL_SIZES = {
     "stories": ((512, 1024, 2048, 4096, 8192), (4, 8, 16, 32)),
-    "bundled": ((2048, 4096, 8192, 16384, 32768), (16, 32, 64, 128)),
 }
 HELD_OUT_CELL = -2, 1
 """The cell (place of n, place of k) that the fit does not see."""
@@ -29,7 +28,7 @@ Grid = dict[tuple[int, int], list[SAE]]
 
 def _grid(lab: Lab, site: Site) -> Grid:
     ns, ks = (FULL_SIZES if lab.form == "full" else SIZES)[site.lm.name]
-    cells = {(n, k): lab.runs(site, "topk", d_sae=n, k=k) for n in ns for k in ks}
+    cells = {(n, k): lab.runs(site, "topk", d_sae=n, k=k, tokens=lab.size(site).tokens // 2) for n in ns for k in ks}
     return lab.train(cells)
 
 
@@ -52,7 +51,7 @@ def _design(cells: list[tuple[int, int]]) -> Tensor:
     "scaling-laws",
     source="Gao et al. 2024, section 3 (L(n) and L(n, k))",
     says="The error falls as a power of the number of latents n at fixed k, and faster where k is larger.",
-    shown="ln FVU = α + β_k ln k + β_n ln n + γ ln k ln n, fitted without one cell, explains more than 98 % of the variance of ln FVU; "
+    shown="ln FVU = α + β_k ln k + β_n ln n + γ ln k ln n, fitted without one cell, explains more than 98 % of its variance; "
     "the slope in ln n at the middle k is negative; γ is negative; the left-out cell is predicted to 5 %.",
 )
 def scaling_laws(lab: Lab) -> Outcome:
@@ -92,7 +91,7 @@ def scaling_laws(lab: Lab) -> Outcome:
     rows = [
         finding(site, "R² of the fit of ln FVU", tables, r2, above=0.98),
         finding(site, f"slope in ln n at k = {ks[len(ks) // 2]}", tables, slope, below=0.0),
-        finding(site, "γ, of ln k · ln n", tables, lambda s: coefficients(s)[:, 3], below=0.0),
+        finding(site, "γ", tables, lambda s: coefficients(s)[:, 3], below=0.0),
         finding(site, words, tables, predicted, above=0.95, below=1.05),
     ]
     return Outcome(
@@ -154,6 +153,6 @@ def larger_is_better(lab: Lab) -> Outcome:
 def compute_equivalent(lab: Lab) -> Outcome:
     return Outcome(
         [],
-        untestable="Neither model here comes with checkpoints of its training. `saehook.suite.compute_equivalent` measures it where "
-        "there are some (Pythia has 154); that needs a download and an accelerator.",
+        untestable="Neither model here comes with checkpoints of its training. `saehook.suite.compute_equivalent` measures it "
+        "where there are some (Pythia has 154); that needs a download and an accelerator.",
     )

@@ -26,7 +26,7 @@ def topk_sets_l0(lab: Lab) -> Outcome:
     rows = []
     for data in lab.everywhere:
         ks = [lab.size(data).k // 2, lab.size(data).k, 2 * lab.size(data).k]
-        if isinstance(data, Site) and data.site != lab.residual()[0].site:
+        if isinstance(data, Site) and (data.site != lab.residual()[0].site or not lab.trained_here(data)):
             ks = ks[1:2]
         saes = lab.train({str(k): lab.runs(data, "topk", k=k) for k in ks})
         for k in ks:

@@ -102,8 +102,8 @@ def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
     source="Templeton et al. 2024, section on steering; Wu et al. 2025 (AxBench)",
     says="There is a range of strengths at which steering by a latent works before the text breaks; about half the norm of "
     "the activation is a good strength.",
-    shown="At least half of the latents have a usable strength (their tokens e times as likely, loss up by at most 1 nat, at most half "
-    "of the 4-grams repeated); the median best strength is between 0.25 and 1 times the norm; at 4 times the norm the loss "
+    shown="At least half of the latents have a usable strength (their tokens e times as likely, loss up by at most 1 nat, "
+    "at most half of the 4-grams repeated); the median best strength is 0.25 to 1 times the norm; at 4 times the norm the loss "
     "has risen by more than 1 nat.",
 )
 def steering_window(lab: Lab) -> Outcome:

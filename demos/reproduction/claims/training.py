@@ -46,6 +46,7 @@ def dead_latents(lab: Lab) -> Outcome:
                     "topk",
                     untied=apart,
                     d_sae=width,
+                    tokens=lab.size(data).tokens // 2,
                     **({} if coefficient is None else {"auxk_coefficient": coefficient}),
                 )
                 for name, (apart, coefficient) in CELLS.items()
@@ -105,12 +106,13 @@ def unit_rows(lab: Lab) -> Outcome:
 @claim(
     "multi-topk",
     source="Gao et al. 2024, section 5.3 and appendix A.6",
-    says="TopK overfits to its k: beyond it reconstruction gets worse. With a second loss at 4k (Multi-TopK) it goes on getting better.",
+    says="TopK overfits to its k: beyond it reconstruction gets worse. With a second loss at 4k (Multi-TopK) it goes on "
+    "getting better.",
     shown="From k to 4k FVU of TopK rises; that of Multi-TopK falls, and it is below that of TopK at 4k.",
 )
 def multi_topk(lab: Lab) -> Outcome:
     rows, plots = [], []
-    for data in [*lab.planted, *lab.residual()]:
+    for data in [*lab.planted, *filter(lab.trained_here, lab.residual())]:
         k = lab.size(data).k
         ks = [k // 2, k, 2 * k, 4 * k, 8 * k]
         saes = lab.arms(data, "topk", "multitopk")
