@@ -27,8 +27,8 @@ from saehook import activation_fns
 from saehook.suite.shrinkage import shrinkage
 
 MATCHED = (
-    "TopK is read at the whole k nearest to the L0 of the arm that has no threshold, BatchTopK and JumpReLU with a threshold "
-    "that gives that L0 on other held-out sequences."
+    "L0 is that of the arm without threshold, else k. TopK is read between the two whole k around it (sums of both, weighted), "
+    "BatchTopK and JumpReLU with thresholds that give it on other held-out sequences."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -9,10 +10,11 @@ from torch import Tensor
 from reproduction.bootstrap import Sums, Table, estimate, of_runs
 from reproduction.data import Data, Site
 from reproduction.laboratory import Lab
-from reproduction.measure import at_l0
+from reproduction.measure import at_l0, mean_l0
 from reproduction.outcome import Finding, Plot, Series
-from saehook import SAE
+from saehook import SAE, TopK
 from saehook.suite.measure import Measure
+from saehook.suite.progressive_code import with_topk
 
 Tables = Mapping[str, Sequence[Table]]
 L0_TOLERANCE = 0.02
@@ -101,21 +103,34 @@ def measured(
 
 def matched(lab: Lab, data: Data, saes: Mapping[str, list[SAE]], fixed: str | None = None) -> dict[str, list[Table]]:
     """Tables of all arms at one L0: that of the arm `fixed` for each seed, else the k of the data."""
-    from reproduction.measure import mean_l0
-
     found: dict[str, list[Table]] = {arm: [] for arm in saes}
     for i in range(len(lab.seeds)):
         wanted = lab.size(data).k if fixed is None else mean_l0(saes[fixed][i], data)
         for arm, ones in saes.items():
-            found[arm] += lab.tables([at_l0(ones[i], data, wanted)], data)
+            found[arm].append(_table_at(lab, ones[i], data, wanted))
     return found
 
 
-def same_l0(data: Data, tables: Tables, arm: str, other: str) -> Finding:
+def _table_at(lab: Lab, sae: SAE, data: Data, wanted: float) -> Table:
+    """Of a TopK between two whole k: as if a share of the tokens had one and the others the other."""
+    if not isinstance(sae.config.activation, TopK):
+        return lab.tables([at_l0(sae, data, wanted)], data)[0]
+    share = wanted % 1
+    low, high = (lab.tables([_with_k(sae, k)], data)[0] for k in (math.floor(wanted), math.ceil(wanted)))
+    return {name: (1 - share) * low[name] + share * high[name] for name in low}
+
+
+def _with_k(sae: SAE, k: int) -> SAE:
+    """The SAE itself where it has that k."""
+    return sae if sae.config.activation == TopK(k=k) else with_topk(sae, k)
+
+
+def same_l0(data: Data | str, tables: Tables, arm: str, other: str) -> Finding:
     """The condition that two arms have the same L0 on the measuring sequences, by their ratio itself."""
     value, _, _ = estimate(tables, over(l0(arm), l0(other)))
     low, high = 1 - L0_TOLERANCE, 1 + L0_TOLERANCE
-    return Finding(data.words, f"L0, {arm} / {other}", value, value, value, low, high, condition=True)
+    words = data if isinstance(data, str) else data.words
+    return Finding(words, f"L0, {arm} / {other}", value, value, value, low, high, condition=True)
 
 
 def compared(data: Data, tables: Tables, arm: str, other: str, *, expected: bool = True) -> list[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from reproduction.claims.ratios import exact, finding, fvu, kl, l0, over, seeds_finding
+from reproduction.claims.ratios import exact, finding, fvu, kl, l0, over, same_l0, seeds_finding
 from reproduction.data import Site
 from reproduction.laboratory import Lab
 from reproduction.measure import at_l0, fidelity, spliced
@@ -96,8 +96,7 @@ def threshold(lab: Lab) -> Outcome:
         held = data.held_out("measuring")
         by_rule: dict[str, list[dict[str, torch.Tensor]]] = {"θ": [], "batch": []}
         for sae in saes:
-            there = at_l0(sae, data, k)
-            by_rule["θ"] += [dict(t) for t in lab.tables([there], data)]
+            by_rule["θ"] += [dict(t) for t in lab.tables([at_l0(sae, data, k)], data)]
             found, _ = fidelity(sae, held)
             sums, parts = dict(found.sums.by_sequence()), []
             with torch.no_grad():
@@ -106,14 +105,19 @@ def threshold(lab: Lab) -> Outcome:
             x_hat = torch.cat(parts)
             owner = held.mask.nonzero()[:, 0]
             error = (held.x[held.mask].double() - x_hat.double()).square().sum(-1)
+            sums["l0"] = k * sums["n"]
             sums["error"] = torch.zeros(len(held.x)).double().index_add_(0, owner, error)
             if isinstance(data, Site):
                 sums |= spliced(data.lm, data.site, held, x_hat)
             by_rule["batch"].append(sums)
-        rows.append(finding(data, "FVU, θ / batch rule", by_rule, over(fvu("θ"), fvu("batch")), above=0.98, below=1.02))
+        there = f"{data.words}, held-out"
+        rows.append(same_l0(there, by_rule, "θ", "batch"))
+        rows.append(
+            finding(there, "FVU, θ / batch rule", by_rule, over(fvu("θ"), fvu("batch")), above=0.98, below=1.02)
+        )
         if isinstance(data, Site):
             rows.append(
-                finding(data, "KL, θ / batch rule", by_rule, over(kl("θ"), kl("batch")), above=0.98, below=1.02)
+                finding(there, "KL, θ / batch rule", by_rule, over(kl("θ"), kl("batch")), above=0.98, below=1.02)
             )
     return Outcome(
         rows,
