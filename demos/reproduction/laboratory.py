@@ -89,6 +89,8 @@ class Lab:
         self.used: dict[str, dict[str, Any]] = {}
         """What was trained on since `begin`, by data."""
         self._tables: dict[tuple[int, bool], Table] = {}
+        self.at_l0: dict[tuple[int, str, float], Table] = {}
+        """Tables of SAEs at another L0 than their own, by SAE, data and L0 (`claims.ratios.table_at`)."""
 
     def begin(self) -> None:
         """A new claim."""

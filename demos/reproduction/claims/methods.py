@@ -143,7 +143,7 @@ def shrinks(lab: Lab) -> Outcome:
             bounds = {"below": 0.995} if arm == "relu" else {"above": 0.995, "below": 1.005}
             rows.append(finding(data, f"γ, {arm}", tables, gamma(arm), **bounds))
         for arm in arms:
-            shift = [shrinkage(sample(sae, data).thinned(512))[0] for sae in saes[arm]]
+            shift = [shrinkage(sample(sae, data).thinned(2**17 // data.d_in))[0] for sae in saes[arm]]
             bounds = {"above": 0.02} if arm == "relu" else {"below": 0.02}
             rows.append(measured(data, shift, f"rise when refined, {arm}", **bounds))
     plot = bars(

@@ -107,12 +107,19 @@ def matched(lab: Lab, data: Data, saes: Mapping[str, list[SAE]], fixed: str | No
     for i in range(len(lab.seeds)):
         wanted = lab.size(data).k if fixed is None else mean_l0(saes[fixed][i], data)
         for arm, ones in saes.items():
-            found[arm].append(_table_at(lab, ones[i], data, wanted))
+            found[arm].append(table_at(lab, ones[i], data, wanted))
     return found
 
 
+def table_at(lab: Lab, sae: SAE, data: Data, wanted: float) -> Table:
+    """Of an SAE at another L0, kept for the next claim that asks. Of a TopK between two whole k: as if a share of the tokens had one and the others the other."""
+    key = id(sae), data.words, wanted
+    if key not in lab.at_l0:
+        lab.at_l0[key] = _table_at(lab, sae, data, wanted)
+    return lab.at_l0[key]
+
+
 def _table_at(lab: Lab, sae: SAE, data: Data, wanted: float) -> Table:
-    """Of a TopK between two whole k: as if a share of the tokens had one and the others the other."""
     if not isinstance(sae.config.activation, TopK):
         return lab.tables([at_l0(sae, data, wanted)], data)[0]
     share = wanted % 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from reproduction.claims.ratios import exact, finding, fvu, kl, l0, over, same_l0, seeds_finding
+from reproduction.bootstrap import Table
+from reproduction.claims.ratios import exact, finding, fvu, kl, l0, over, same_l0, seeds_finding, table_at
 from reproduction.data import Site
 from reproduction.laboratory import Lab
-from reproduction.measure import at_l0, fidelity, spliced
+from reproduction.measure import fidelity, spliced
 from reproduction.outcome import Finding, Outcome, Plot, Series
 from reproduction.registry import claim
 from saehook.activation_fns import batch_topk
@@ -94,9 +95,9 @@ def threshold(lab: Lab) -> Outcome:
         ratios = [sae.metadata["threshold"]["running_mean_l0"] / k for sae in saes]
         rows.append(seeds_finding(data, "L0 by θ / k, fresh training text", ratios, above=0.95, below=1.05))
         held = data.held_out("measuring")
-        by_rule: dict[str, list[dict[str, torch.Tensor]]] = {"θ": [], "batch": []}
+        by_rule: dict[str, list[Table]] = {"θ": [], "batch": []}
         for sae in saes:
-            by_rule["θ"] += [dict(t) for t in lab.tables([at_l0(sae, data, k)], data)]
+            by_rule["θ"] += [table_at(lab, sae, data, k)]
             found, _ = fidelity(sae, held)
             sums, parts = dict(found.sums.by_sequence()), []
             with torch.no_grad():
