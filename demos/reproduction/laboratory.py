@@ -139,7 +139,7 @@ class Lab:
         activation: Method = kind(k=k or size.k) if keeps else kind()
         if not keeps and "sparsity_coefficient" not in settings:
             settings.setdefault("target_l0", float(k or size.k))
-        defaults = {"d_sae": size.d_sae, "tokens": size.tokens, "batch_tokens": size.batch_tokens}
+        defaults: dict[str, Any] = {"d_sae": size.d_sae, "tokens": size.tokens, "batch_tokens": size.batch_tokens}
         defaults["calibration_tokens"] = CALIBRATION_TOKENS
         return TrainConfig(site=data.site, activation=activation, seed=seed, **(defaults | settings))
 

@@ -112,7 +112,7 @@ class Outcome:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Outcome:
         """The inverse of `to_dict`."""
-        nan = {name: float("nan") for name in ("value", "low", "high")}
+        nan: dict[str, Any] = {name: float("nan") for name in ("value", "low", "high")}
         findings = [Finding(**nan | {k: v for k, v in f.items() if v is not None}) for f in data["findings"]]
         plots = [Plot(**p | {"series": [Series(**s) for s in p["series"]]}) for p in data["plots"]]
         return Outcome(findings, plots, data["notes"], data["untestable"], data["facts"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from reproduction.claims.ratios import (
@@ -140,7 +142,7 @@ def shrinks(lab: Lab) -> Outcome:
         saes = lab.arms(data, *arms)
         tables = {arm: lab.tables(ones, data, loss=False) for arm, ones in saes.items()}
         for arm in arms:
-            bounds = {"below": 0.995} if arm == "relu" else {"above": 0.995, "below": 1.005}
+            bounds: dict[str, Any] = {"below": 0.995} if arm == "relu" else {"above": 0.995, "below": 1.005}
             rows.append(finding(data, f"γ, {arm}", tables, gamma(arm), **bounds))
         for arm in arms:
             shift = [shrinkage(sample(sae, data).thinned(2**17 // data.d_in))[0] for sae in saes[arm]]

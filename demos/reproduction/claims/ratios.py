@@ -112,7 +112,8 @@ def matched(lab: Lab, data: Data, saes: Mapping[str, list[SAE]], fixed: str | No
 
 
 def table_at(lab: Lab, sae: SAE, data: Data, wanted: float) -> Table:
-    """Of an SAE at another L0, kept for the next claim that asks. Of a TopK between two whole k: as if a share of the tokens had one and the others the other."""
+    """Of an SAE at another L0, kept for the next claim that asks. Of a TopK between two whole k: as if a share of the tokens
+    had one and the others the other."""
     key = id(sae), data.words, wanted
     if key not in lab.at_l0:
         lab.at_l0[key] = _table_at(lab, sae, data, wanted)
