@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reproduction.outcome import NOT_REPRODUCED, NOT_RUN, REPRODUCED, UNTESTED, VERDICT_RULE, Finding, Outcome, why
+from reproduction.outcome import (
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    UNTESTED,
+    VERDICT_RULE,
+    Finding,
+    Outcome,
+    counted_findings,
+    why,
+)
 from reproduction.registry import Claim
 
 FOLDER = Path(__file__).resolve().parent
@@ -26,8 +36,8 @@ draw takes the same sequences and seeds for both sides of a comparison, and all 
 "From seed to seed" means mean, smallest and largest of the seeds. Metrics of `saehook.suite` are means over seeds, from the
 lowest end of a seed's interval to the highest.
 
-"{untested}" also means: the run was small. What fails here can hold at the paper's scale; the table says what was measured, not
-what is true of GPT-4.
+All runs are small. What fails here can hold at the paper's scale, and the reverse; "measured on" says what a verdict rests on.
+SAEs of the bundled model are those of `demos/compare_methods.py` where its run is given (`--methods-run`).
 """
 
 
@@ -44,7 +54,7 @@ def page(claims: Mapping[str, Claim], outcomes: Mapping[str, Outcome]) -> str:
     from reproduction.data import SEQUENCE
 
     parts = [
-        HEAD.format(rule=VERDICT_RULE, sequence=SEQUENCE, untested=UNTESTED.capitalize()),
+        HEAD.format(rule=VERDICT_RULE, sequence=SEQUENCE),
         _overview(claims, outcomes),
     ]
     parts += [_section(claim, outcomes.get(name)) for name, claim in claims.items()]
@@ -59,11 +69,20 @@ def _overview(claims: Mapping[str, Claim], outcomes: Mapping[str, Outcome]) -> s
         "",
         ", ".join(f"{n} {v}" for v, n in counts if n) + ".",
         "",
-        "| claim | verdict |",
-        "|---|---|",
+        "| claim | verdict | measured on |",
+        "|---|---|---|",
     ]
-    lines += [f"| [{name}](#{name}): {claim.says} | {verdicts[name]} |" for name, claim in claims.items()]
+    for name, claim in claims.items():
+        places = _places(outcomes[name]) if name in outcomes else ""
+        lines.append(f"| [{name}](#{name}): {claim.says} | {verdicts[name]} | {places} |")
     return "\n".join(lines) + "\n"
+
+
+def _places(outcome: Outcome) -> str:
+    """Which kinds of data the verdict rests on."""
+    words = " ".join(finding.data for finding in counted_findings(outcome.findings))
+    kinds = {"planted": "planted", "bundled model": "bundled model", "stories260K": "stories260K"}
+    return ", ".join(short for part, short in kinds.items() if part in words)
 
 
 def _section(claim: Claim, outcome: Outcome | None) -> str:
