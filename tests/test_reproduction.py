@@ -145,7 +145,7 @@ def test_an_untied_run_begins_with_another_encoder(tmp_path):
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def test_a_threshold_is_set_to_the_l0_of_the_matching_sequences(tmp_path):
+def test_a_threshold_is_set_to_the_l0_that_is_asked_for(tmp_path):
     config = dataclasses.replace(CONFIG, activation=BatchTopK(k=2))
     (sae,) = Runner(tmp_path, progress=False).saes([Run(DATA, config)])
     for wanted in (1.0, 3.0):

@@ -28,8 +28,10 @@ ORDER_SEED = 0
 """All SAEs see the tokens in one order; their own seeds decide how they begin."""
 SEQUENCE = 128
 """Tokens of a sequence that is measured on, and drawn again by the bootstrap."""
-MATCHING, MEASURING = 32, 64
-"""Sequences for setting thresholds to one L0, and others for measuring."""
+SEQUENCES = {"planted": 64, "stories": 64, "bundled": 32}
+"""How many are measured on; fewer of the largest model."""
+SPREAD = 96
+HELD_OUT_SEED = 1
 CHUNK = 16_384
 
 
@@ -100,16 +102,14 @@ class Planted:
             seed += 1
 
     @functools.cached_property
-    def _held(self) -> dict[str, HeldOut]:
-        found = {}
-        for seed, (name, n) in enumerate({"matching": MATCHING, "measuring": MEASURING}.items()):
-            x = self.draw(n * SEQUENCE, seed).view(n, SEQUENCE, self.d_in)
-            found[name] = HeldOut(x, torch.ones(x.shape[:2], dtype=torch.bool))
-        return found
+    def _held(self) -> HeldOut:
+        n = SEQUENCES["planted"]
+        x = self.draw(n * SEQUENCE, HELD_OUT_SEED).view(n, SEQUENCE, self.d_in)
+        return HeldOut(x, torch.ones(x.shape[:2], dtype=torch.bool))
 
-    def held_out(self, part: str) -> HeldOut:
-        """`matching` or `measuring`."""
-        return self._held[part]
+    def held_out(self) -> HeldOut:
+        """What is measured on."""
+        return self._held
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class LanguageModel:
     cache: Path
     places: Places = field(default_factory=Places)
     clean_logits: Tensor | None = None
-    """Of the measuring sequences, [MEASURING, SEQUENCE, vocabulary], once they were made."""
+    """Of the measured sequences, [sequences, SEQUENCE, vocabulary], once they were made."""
 
     @functools.cached_property
     def model(self) -> HookedModel:
@@ -157,15 +157,16 @@ class LanguageModel:
 
     @functools.cached_property
     def held_out_ids(self) -> Tensor:
-        """[MATCHING + MEASURING, SEQUENCE], spread over the held-out text; every third for matching."""
+        """[sequences, SEQUENCE], spread over the held-out text; a third of what is spread is left for choices by hand."""
         if self.name == "bundled":
             texts = list(corpus.read_documents(corpus.held_out_files()))
         else:
             assert self.places.stories_held_out is not None
             texts = stories(self.places.stories_held_out)
         ids = windows(texts, self.model.tokenizer, SEQUENCE, max_tokens=150_000).ids
-        n = MATCHING + MEASURING
-        return ids[(torch.arange(n) * len(ids)) // n]
+        spread = ids[(torch.arange(SPREAD) * len(ids)) // SPREAD]
+        measured = spread[torch.arange(SPREAD) % 3 > 0]
+        return measured[:: len(measured) // SEQUENCES[self.name]]
 
     @functools.cached_property
     def text_sha256(self) -> str:
@@ -210,16 +211,10 @@ class LanguageModel:
         found = self.model.activations(self.held_out_ids, self.sites)
         return {site: x.cpu() for site, x in found.items()}
 
-    def part(self, name: str) -> Tensor:
-        """Rows of the held-out text: `matching` or `measuring`."""
-        matching = torch.arange(len(self.held_out_ids)) % 3 == 0
-        return (matching if name == "matching" else ~matching).nonzero()[:, 0]
-
-    def held(self, site: str, name: str) -> HeldOut:
-        """Activations of one site on a part."""
-        rows = self.part(name)
-        ids = self.held_out_ids[rows]
-        return HeldOut(self._held_x[site][rows].float(), keep_mask(ids, None, special_ids(self.model.tokenizer)), ids)
+    def held(self, site: str) -> HeldOut:
+        """Activations of one site."""
+        ids = self.held_out_ids
+        return HeldOut(self._held_x[site].float(), keep_mask(ids, None, special_ids(self.model.tokenizer)), ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,15 +237,15 @@ class Site:
     @property
     def d_in(self) -> int:
         """Width."""
-        return self.held_out("measuring").x.shape[-1]
+        return self.held_out().x.shape[-1]
 
     def chunks(self) -> Iterator[dict[str, Tensor]]:
         """Those of all sites of the model."""
         return self.lm.chunks()
 
-    def held_out(self, part: str) -> HeldOut:
-        """`matching` or `measuring`."""
-        return self.lm.held(self.site, part)
+    def held_out(self) -> HeldOut:
+        """What is measured on."""
+        return self.lm.held(self.site)
 
 
 Data = Planted | Site

@@ -170,7 +170,7 @@ class Lab:
         return self.train({method: self.runs(data, method, **settings) for method in methods})
 
     def tables(self, saes: Sequence[SAE], data: Data, *, loss: bool = True) -> list[Table]:
-        """Sums on the measuring sequences, one table for each SAE."""
+        """Sums on the measured sequences, one table for each SAE."""
         return [self._table(sae, data, loss) for sae in saes]
 
     def _table(self, sae: SAE, data: Data, loss: bool) -> Table:

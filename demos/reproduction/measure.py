@@ -33,7 +33,7 @@ def fidelity(sae: SAE, held: HeldOut) -> tuple[Fidelity, Tensor]:
 def table(sae: SAE, data: Data, *, loss: bool = True) -> Table:
     """`n`, `error`, `variance`, `l0`, `square_hat`, `product`, ... (`saehook.reconstruction`), and at a site of a language
     model, with `loss`, `delta_ce`, `kl` and their number of tokens `n_loss`; [sequences] each."""
-    held = data.held_out("measuring")
+    held = data.held_out()
     found, x_hat = fidelity(sae, held)
     sums = dict(found.sums.by_sequence())
     if loss and isinstance(data, Site):
@@ -70,15 +70,15 @@ def _clean_logits(lm: LanguageModel, held: HeldOut) -> Tensor:
 
 
 @torch.no_grad()
-def mean_l0(sae: SAE, data: Data, part: str = "matching") -> float:
+def mean_l0(sae: SAE, data: Data) -> float:
     """Mean number of latents that fire on a token."""
-    held = data.held_out(part)
+    held = data.held_out()
     return float((sae.encode(held.x[held.mask]) > 0).sum(-1).double().mean())
 
 
 @torch.no_grad()
 def at_l0(sae: SAE, data: Data, wanted: float) -> SAE:
-    """The same weights at that mean L0 on the matching sequences, as near as the rule allows: TopK by another k, one
+    """The same weights at that mean L0 on the measured sequences, as near as the rule allows: TopK by another k, one
     threshold, or all thresholds of a JumpReLU times one factor. A ReLU stays as it is."""
     activation = sae.config.activation
     if isinstance(activation, TopK):
@@ -86,7 +86,7 @@ def at_l0(sae: SAE, data: Data, wanted: float) -> SAE:
     if not isinstance(activation, (BatchTopK, JumpReLU)):
         return sae
     assert sae.threshold is not None
-    held = data.held_out("matching")
+    held = data.held_out()
     threshold = sae.threshold.detach().clamp(min=torch.finfo(torch.float32).tiny)
     factors = sae.pre_acts(held.x[held.mask]) / threshold
     most = min(round(wanted * len(factors)), factors.numel() - 1)
@@ -99,7 +99,7 @@ def at_l0(sae: SAE, data: Data, wanted: float) -> SAE:
 @torch.no_grad()
 def sample(sae: SAE, data: Data, sequences: int | None = None) -> Sample:
     """The tokens that count as the suite's metrics take them; of the first so many sequences."""
-    held = data.held_out("measuring")
+    held = data.held_out()
     x, mask = held.x[:sequences], held.mask[:sequences]
     row, column = mask.nonzero(as_tuple=True)
     kept = x[mask]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from reproduction.claims.latents import NO_MODEL
@@ -11,6 +13,7 @@ from reproduction.measure import fidelity, in_dtype, spliced
 from reproduction.outcome import Outcome
 from reproduction.registry import claim
 from saehook import ablate
+from saehook.errors import NoEffectWarning
 
 
 @claim(
@@ -23,7 +26,7 @@ from saehook import ablate
 def zero_ablation(lab: Lab) -> Outcome:
     rows = []
     for site in lab.residual():
-        held = site.held_out("measuring")
+        held = site.held_out()
         assert held.ids is not None
         n = int(held.mask.sum())
         x = held.x[held.mask]
@@ -57,7 +60,7 @@ def zero_ablation(lab: Lab) -> Outcome:
 def surgical(lab: Lab) -> Outcome:
     rows = []
     for site in lab.sites:
-        held = site.held_out("measuring")
+        held = site.held_out()
         assert held.ids is not None
         worst, dropped = 0.0, []
         for sae in lab.arms(site, "topk")["topk"]:
@@ -66,7 +69,8 @@ def surgical(lab: Lab) -> Outcome:
                 for ids in held.ids[:4]:
                     fired = (hooked.latents(ids).acts > 0).any(0)
                     silent = (~fired).nonzero()[:5, 0].tolist()
-                    with torch.no_grad():
+                    with torch.no_grad(), warnings.catch_warnings():
+                        warnings.simplefilter("ignore", NoEffectWarning)  # that nothing changes is what is shown
                         clean = hooked.model(ids).logits
                         kept = hooked(ids, edits=[ablate(silent)]).logits
                         free = hooked(ids, splice=True).logits
@@ -89,7 +93,7 @@ def bf16(lab: Lab) -> Outcome:
     rows = []
     for site in lab.sites:
         for arm, ones in lab.arms(site, "topk").items():
-            held = site.held_out("measuring")
+            held = site.held_out()
             half = []
             for sae in ones:
                 with torch.no_grad():
@@ -113,7 +117,7 @@ def bf16(lab: Lab) -> Outcome:
 def special_tokens(lab: Lab) -> Outcome:
     rows = []
     for site in lab.sites:
-        held = site.held_out("measuring")
+        held = site.held_out()
         everything = torch.ones_like(held.mask)
         norms = torch.linalg.vector_norm(held.x, dim=-1)
         ratio = float(norms[~held.mask].mean() / norms[held.mask].median())

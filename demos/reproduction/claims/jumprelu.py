@@ -204,7 +204,7 @@ def bandwidth(lab: Lab) -> Outcome:
 def _noise(sae: SAE, data: Data, width: float) -> float:
     """Standard deviation over batches of 256 tokens over the size of the mean, of the gradient that the thresholds of a finished
     SAE get with this bandwidth: root mean squares over latents."""
-    held = data.held_out("measuring")
+    held = data.held_out()
     scale = sae.metadata["input_scale"]
     found = []
     for x in held.x[held.mask].split(256):

@@ -47,7 +47,7 @@ def sparse_effects(lab: Lab) -> Outcome:
     rows = [exact("Gaussian noise", "sparsity", noise, above=2 / math.pi - 0.01, below=2 / math.pi + 0.01)]
     for site in _first(lab):
         saes = lab.arms(site, "topk")["topk"]
-        held = site.held_out("measuring")
+        held = site.held_out()
         assert held.ids is not None
         found: dict[str, list] = {"latents": [], "coordinates": []}
         for seed, sae in zip(lab.seeds, saes, strict=True):
@@ -80,7 +80,7 @@ def sparse_effects(lab: Lab) -> Outcome:
 def _random_directions(site: Site, sae: SAE) -> tuple[float, float, float]:
     """Mean sparsity of taking off random directions as long as an active latent's contribution, and its 95 % interval over
     directions."""
-    held = site.held_out("measuring")
+    held = site.held_out()
     assert held.ids is not None
     generator = torch.Generator().manual_seed(0)
     lengths = sae.encode(held.x[held.mask][:256])
@@ -139,7 +139,7 @@ def probes(lab: Lab) -> Outcome:
 def n2g(lab: Lab) -> Outcome:
     rows, plots = [], []
     for site in [site for site in lab.residual() if site.lm.name == "stories"] or lab.residual():
-        held = site.held_out("measuring")
+        held = site.held_out()
         assert held.ids is not None
         ks = [lab.size(site).k // 2, lab.size(site).k, 2 * lab.size(site).k]
         saes = lab.train({k: lab.runs(site, "topk", k=k) for k in ks})
@@ -184,7 +184,7 @@ def attribution(lab: Lab) -> Outcome:
     rows = []
     for site in lab.sites:
         found: dict[str, list] = {}
-        held = site.held_out("measuring")
+        held = site.held_out()
         assert held.ids is not None
         for sae in lab.arms(site, "topk")["topk"]:
             hooked = site.lm.model.attach({site.site: sae})

@@ -30,7 +30,7 @@ from saehook.suite.shrinkage import shrinkage
 
 MATCHED = (
     "L0 is that of the arm without threshold, else k. TopK is read between the two whole k around it (sums of both, weighted), "
-    "BatchTopK and JumpReLU with thresholds that give it on other held-out sequences."
+    "BatchTopK and JumpReLU with thresholds that give it: one number each, set on the same tokens."
 )
 
 

@@ -134,7 +134,7 @@ def _with_k(sae: SAE, k: int) -> SAE:
 
 
 def same_l0(data: Data | str, tables: Tables, arm: str, other: str) -> Finding:
-    """The condition that two arms have the same L0 on the measuring sequences, by their ratio itself."""
+    """The condition that two arms have the same L0 on the measured sequences, by their ratio itself."""
     value, _, _ = estimate(tables, over(l0(arm), l0(other)))
     low, high = 1 - L0_TOLERANCE, 1 + L0_TOLERANCE
     words = data if isinstance(data, str) else data.words

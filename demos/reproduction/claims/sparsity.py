@@ -47,7 +47,7 @@ def variable_l0(lab: Lab) -> Outcome:
     rows, series = [], []
     for data in lab.everywhere:
         k = lab.size(data).k
-        held = data.held_out("measuring")
+        held = data.held_out()
         saes = lab.arms(data, "topk", "batchtopk")
         counts = {
             arm: [(sae.encode(held.x[held.mask]) > 0).sum(-1).double().detach() for sae in ones]
@@ -94,7 +94,7 @@ def threshold(lab: Lab) -> Outcome:
         saes = lab.arms(data, "batchtopk")["batchtopk"]
         ratios = [sae.metadata["threshold"]["running_mean_l0"] / k for sae in saes]
         rows.append(seeds_finding(data, "L0 by θ / k, fresh training text", ratios, above=0.95, below=1.05))
-        held = data.held_out("measuring")
+        held = data.held_out()
         by_rule: dict[str, list[Table]] = {"θ": [], "batch": []}
         for sae in saes:
             by_rule["θ"] += [table_at(lab, sae, data, k)]
@@ -124,7 +124,7 @@ def threshold(lab: Lab) -> Outcome:
         rows,
         notes=[
             "θ of the first row is the running mean of training, before calibration; L0 is that on fresh tokens of the training "
-            "text. For the other rows θ is set to L0 = k on the matching sequences, as the batch rule has it by definition."
+            "text. For the other rows θ is set to L0 = k on the same tokens, as the batch rule has it by definition."
         ],
     )
 
@@ -138,7 +138,7 @@ def threshold(lab: Lab) -> Outcome:
 def batch_independence(lab: Lab) -> Outcome:
     rows = []
     for data in lab.everywhere:
-        held = data.held_out("measuring")
+        held = data.held_out()
         x = held.x[held.mask][:512]
         k = lab.size(data).k
         apart, changed = [], []

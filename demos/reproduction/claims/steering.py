@@ -44,7 +44,7 @@ class Dose:
 @torch.no_grad()
 def dose(site: Site, sae: SAE, op: str, seed: int) -> Dose:
     """Write random alive latents at every strength and token, greedy continuations; `op` as of an `Edit`."""
-    held = site.held_out("measuring")
+    held = site.held_out()
     assert held.ids is not None
     prompts = [held.ids[i, :PROMPT_TOKENS] for i in (0, len(held.ids) // 2)][:PROMPTS]
     norm = float(torch.linalg.vector_norm(held.x[held.mask], dim=-1).mean())

@@ -52,7 +52,7 @@ def dead_latents(lab: Lab) -> Outcome:
                 for name, (apart, coefficient) in CELLS.items()
             }
         )
-        held = data.held_out("measuring")
+        held = data.held_out()
         dead = {name: [fidelity(sae, held)[0].dead_share for sae in ones] for name, ones in saes.items()}
         tokens = int(held.mask.sum())
         for name, shares in dead.items():
