@@ -74,7 +74,8 @@ def run(claim: Claim, lab: Lab) -> Outcome:
         "trained": lab.facts(),
         "seconds": round(time.monotonic() - started),
     }
-    return Outcome(outcome.findings, outcome.plots, outcome.notes, outcome.untestable, facts)
+    whole = Outcome(outcome.findings, outcome.plots, outcome.notes, outcome.untestable, facts)
+    return Outcome.from_dict(whole.to_dict())  # the verdict is that of the stored, rounded numbers
 
 
 def _machine() -> str:

@@ -33,7 +33,7 @@ def topk_sets_l0(lab: Lab) -> Outcome:
         for k in ks:
             tables = {"topk": lab.tables(saes[str(k)], data, loss=False)}
             value = finding(data, f"L0 / k, k = {k}", tables, lambda s, k=k: l0("topk")(s) / k)
-            rows.append(Finding(data.words, value.quantity, value.value, value.low, value.high, 0.99, 1.0 + 1e-9))
+            rows.append(Finding(data.words, value.quantity, value.value, value.low, value.high, 0.99, 1.01))
     return Outcome(rows)
 
 
