@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reproduction.bootstrap import Table
@@ -14,7 +15,7 @@ from saehook.editing import ReplaceAction
 from saehook.metrics import Moments, token_kl
 from saehook.reconstruction import Fidelity
 from saehook.suite.progressive_code import with_topk
-from saehook.suite.sample import Sample, loss_sums
+from saehook.suite.sample import Sample
 
 ROWS = 8
 """Sequences that the language model runs at a time."""
@@ -53,11 +54,17 @@ def spliced(lm: LanguageModel, site: str, held: HeldOut, x_new: Tensor) -> Table
         rows = slice(i, i + ROWS)
         ids, mask = held.ids[rows], held.mask[rows]
         logits = lm.model.run(ids, {site: ReplaceAction(mask, lambda _, values=values: values)}).logits.float().cpu()
-        found["delta_ce"].append(loss_sums(logits, ids, mask) - loss_sums(clean[rows], ids, mask))
+        found["delta_ce"].append(_loss_sums(logits, ids, mask) - _loss_sums(clean[rows], ids, mask))
         kl = token_kl(clean[rows], logits).double() * mask
         found["kl"].append(kl[:, :-1].sum(1).cpu())
         found["n_loss"].append(mask[:, :-1].sum(1).double())
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _loss_sums(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the next-token cross-entropies of each sequence over the tokens of the mask that predict another, [rows] float64."""
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").double()
+    return (losses * mask[:, :-1]).sum(1)
 
 
 def _clean_logits(lm: LanguageModel, held: HeldOut) -> Tensor:
