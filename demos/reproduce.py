@@ -1,0 +1,138 @@
+"""What the papers claim, measured on planted data and small language models; the page is demos/REPRODUCTION.md.
+
+    python demos/reproduce.py --list
+    python demos/reproduce.py batchtopk-vs-topk [NAME ...] [--only planted] [--novels FOLDER]
+    python demos/reproduce.py --all --stories-lm FOLDER --stories-text FILE --stories-held-out FILE
+    python demos/reproduce.py --page
+
+Each claim runs in minutes on a CPU; --full is the form for an accelerator. Finished SAEs are kept in --folder by a hash of all that
+decides them, and shared by the claims; stopped by Ctrl-C or a signal, the same command goes on. --novels adds novels to the bundled
+model's training text; stories260K, a second model, is used where it is given. Numbers go to demos/reproduction/results,
+plots (`pip install -e '.[plots]'`) beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from reproduction import page
+from reproduction.data import Places
+from reproduction.laboratory import Lab
+from reproduction.outcome import NOT_RUN, Outcome
+from reproduction.plots import draw
+from reproduction.registry import Claim, claims
+
+from saehook.files import atomic_write
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("names", nargs="*", metavar="NAME", help="claims to run")
+    options.add_argument("--list", action="store_true", help="the claims, one a line, each with its verdict so far")
+    options.add_argument("--all", action="store_true", help="run every claim")
+    options.add_argument("--page", action="store_true", help="write the page and the plots from the stored numbers")
+    options.add_argument("--full", action="store_true", help="the form for an accelerator")
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument(
+        "--only", nargs="+", default=[], metavar="DATA", help="planted, bundled, stories, or one site, bundled/SITE"
+    )
+    options.add_argument("--methods-run", type=Path, help="SAEs of demos/compare_methods.py, in place of new ones")
+    options.add_argument("--folder", type=Path, default=Path("runs/reproduction"), help="SAEs and activations")
+    options.add_argument("--results", type=Path, default=page.RESULTS, help="where the numbers go")
+    options.add_argument("--novels", type=Path, help="folder of .txt files")
+    options.add_argument("--stories-lm", type=Path, help="folder of stories260K")
+    options.add_argument("--stories-text", type=Path, help="stories to train on")
+    options.add_argument("--stories-held-out", type=Path, help="stories to measure on")
+    options.add_argument("--quiet", action="store_true", help="no progress bars")
+    return options
+
+
+def run(claim: Claim, lab: Lab) -> Outcome:
+    """Measure one claim, and say with what."""
+    started = time.monotonic()
+    lab.begin()
+    outcome = claim.measure(lab)
+    facts = {
+        "form": lab.form,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": _machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "seeds": lab.seeds,
+        "trained": lab.facts(),
+        "seconds": round(time.monotonic() - started),
+    }
+    whole = Outcome(outcome.findings, outcome.plots, outcome.notes, outcome.untestable, facts)
+    return Outcome.from_dict(whole.to_dict())  # the verdict is that of the stored, rounded numbers
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"{device}, torch {torch.__version__}"
+
+
+def write(name: str, outcome: Outcome, folder: Path) -> None:
+    """The numbers of one claim."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data: dict[str, Any] = outcome.to_dict()
+    atomic_write(folder / f"{name}.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run what was asked for."""
+    options = parser()
+    arguments = options.parse_args(given)
+    known = claims()
+    if unknown := [name for name in arguments.names if name not in known]:
+        options.error(f"there is no claim {', '.join(unknown)}; --list shows those that there are.")
+    stories = [arguments.stories_lm, arguments.stories_text, arguments.stories_held_out]
+    if any(stories) and not all(stories):
+        options.error("--stories-lm, --stories-text and --stories-held-out belong together.")
+    if arguments.list:
+        outcomes = page.stored(arguments.results)
+        for name, claim in known.items():
+            verdict = outcomes[name].verdict if name in outcomes else NOT_RUN
+            print(f"{name:24}{verdict:36}{claim.says}")
+        return 0
+    names = list(known) if arguments.all else arguments.names
+    if not names and not arguments.page:
+        options.error("name a claim, or give --list, --all or --page.")
+    lab = Lab(
+        arguments.folder,
+        Places(arguments.novels, *stories),
+        full=arguments.full,
+        seeds=arguments.seeds,
+        progress=not arguments.quiet,
+        only=arguments.only,
+        methods=arguments.methods_run,
+    )
+    for name in names:
+        outcome = run(known[name], lab)
+        write(name, outcome, arguments.results)
+        print(f"{name}: {outcome.verdict} ({outcome.facts['seconds']} s)", flush=True)
+    if arguments.page or (names and arguments.results == page.RESULTS):
+        outcomes = page.stored(arguments.results)
+        atomic_write(page.PAGE, page.page(known, outcomes))
+        if importlib.util.find_spec("matplotlib") is None:
+            print("no plots: pip install -e '.[plots]'", file=sys.stderr)
+            return 0
+        for name, outcome in outcomes.items():
+            if outcome.plots and (name in names or arguments.page):
+                draw(outcome.plots, page.PLOTS / f"{name}.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the papers claim, measured: `demos/reproduce.py` runs it, `demos/REPRODUCTION.md` shows it."""

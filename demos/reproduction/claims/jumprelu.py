@@ -1,0 +1,290 @@
+"""JumpReLU: learned thresholds, the penalty, the bandwidth, and one scale for all sites."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from reproduction.bootstrap import Sums
+from reproduction.claims.ratios import exact, finding, fvu, l0, over, seeds_finding
+from reproduction.data import Data, Planted, Site
+from reproduction.laboratory import Lab
+from reproduction.outcome import Outcome, Plot, Series
+from reproduction.registry import claim
+from reproduction.runner import Run
+from saehook import SAE
+from saehook.activation_fns import jumprelu_ste
+
+Statistic = Callable[[Sums], Tensor]
+Number = Callable[[str], Statistic]
+LAMBDAS = (0.003, 0.01, 0.03, 0.1, 0.3)
+"""Weights of the L0 penalty, where the squared error of the mean is 1."""
+BANDWIDTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+BANDWIDTH_LAMBDA = 0.03
+START = 0.01
+"""Threshold of all latents before training, in units where E‖x‖² = 1."""
+
+
+def _thresholds(sae: SAE) -> Tensor:
+    """In scaled units, [d_sae]."""
+    assert sae.threshold is not None
+    return sae.threshold.detach() * sae.metadata["input_scale"]
+
+
+@claim(
+    "ste",
+    source="Rajamanoharan et al. 2024b, section 4 (JumpReLU)",
+    says="Straight-through estimators give the thresholds a gradient, so that each latent learns its own.",
+    shown="The gradients are those of the paper's formulas to 1e-6; after training the thresholds have left their start; of "
+    "language models, those of the upper decile are at least 1.5 times those of the lower.",
+)
+def ste(lab: Lab) -> Outcome:
+    rows = [
+        exact("formulas, 4,096 random pre-activations", "largest difference of gradients", _formula_error(), below=1e-6)
+    ]
+    series = []
+    for data in lab.everywhere:
+        saes = lab.arms(data, "jumprelu")["jumprelu"]
+        learned = [_thresholds(sae) for sae in saes]
+        moved = [float((t / START).log().abs().median().exp()) for t in learned]
+        spread = [float(t.quantile(0.9) / t.quantile(0.1)) for t in learned]
+        rows.append(seeds_finding(data, "median factor from the start", moved, above=1.1))
+        expected = None if isinstance(data, Planted) else 1.5
+        rows.append(seeds_finding(data, "thresholds, upper / lower decile", spread, above=expected))
+        levels = torch.linspace(0, 1, 41)
+        series.append(Series(data.words, levels.tolist(), learned[0].quantile(levels).tolist()))
+    plot = Plot("Learned thresholds (seed 0)", "share of latents", "threshold, E‖x‖² = 1", series, log_y=True)
+    return Outcome(rows, [plot], ["All planted directions are as strong, so their thresholds need not differ."])
+
+
+def _formula_error() -> float:
+    """Autograd against -(θ/ε) K g and -(1/ε) K g, both for the activation and the step."""
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(512, 8, generator=generator, dtype=torch.float64)
+    weights = torch.randn(2, 512, 8, generator=generator, dtype=torch.float64)
+    width, worst = 0.3, 0.0
+    for which in range(2):
+        theta = torch.linspace(0.1, 1.0, 8, dtype=torch.float64, requires_grad=True)
+        out = jumprelu_ste(pre, theta, width)[which]
+        (gradient,) = torch.autograd.grad((out * weights[which]).sum(), theta)
+        inside = ((pre - theta.detach()) / width).abs() < 0.5
+        factor = theta.detach() if which == 0 else torch.ones_like(theta)
+        formula = -(factor / width) * (inside * weights[which]).sum(0)
+        worst = max(worst, float((gradient - formula).abs().max()))
+    return worst
+
+
+def _chain(arms: list[str], number: Number) -> Statistic:
+    """The largest ratio of a number to that of the arm before it: below 1 where it always falls."""
+
+    def statistic(s: Sums) -> Tensor:
+        ratios = [number(after)(s) / number(before)(s) for before, after in zip(arms, arms[1:], strict=False)]
+        return torch.stack(ratios).amax(0)
+
+    return statistic
+
+
+def _rises(arms: list[str], number: Number) -> Statistic:
+    """The smallest such ratio: above 1 where it always rises."""
+
+    def statistic(s: Sums) -> Tensor:
+        ratios = [number(after)(s) / number(before)(s) for before, after in zip(arms, arms[1:], strict=False)]
+        return torch.stack(ratios).amin(0)
+
+    return statistic
+
+
+def _half(lab: Lab, data: Data) -> int:
+    """Tokens of the runs of a sweep."""
+    return lab.size(data).tokens // 2
+
+
+def _some(lab: Lab) -> list[Data]:
+    """Planted data and one site of the smallest model: sweeps are many runs."""
+    sites = [site for site in lab.residual() if site.lm.name == "stories"] or lab.residual()[:1]
+    return [*lab.planted, *sites]
+
+
+@claim(
+    "lambda-controls-l0",
+    source="Rajamanoharan et al. 2024b, section 3",
+    says="The weight λ of the L0 penalty trades latents for error.",
+    shown="From each λ to the next one L0 falls and FVU rises.",
+)
+def lambda_controls(lab: Lab) -> Outcome:
+    rows, plots = [], []
+    for data in _some(lab):
+        saes = lab.train(
+            {f"{c:g}": lab.runs(data, "jumprelu", sparsity_coefficient=c, tokens=_half(lab, data)) for c in LAMBDAS}
+        )
+        tables = {arm: lab.tables(ones, data, loss=False) for arm, ones in saes.items()}
+        arms = list(tables)
+        rows.append(finding(data, "largest ratio of L0 from one λ to the next", tables, _chain(arms, l0), below=1.0))
+        rows.append(finding(data, "smallest ratio of FVU from one λ to the next", tables, _rises(arms, fvu), above=1.0))
+        points = {arm: (finding(data, arm, tables, l0(arm)), finding(data, arm, tables, fvu(arm))) for arm in arms}
+        plots.append(
+            Plot(
+                f"L0 and FVU by λ, {data.words.split(' (')[0].replace('`', '')}",
+                "λ",
+                "",
+                [
+                    Series(
+                        name,
+                        list(LAMBDAS),
+                        *[[getattr(p[i], part) for p in points.values()] for part in ("value", "low", "high")],
+                    )
+                    for i, name in enumerate(("L0", "FVU"))
+                ],
+                log_x=True,
+                log_y=True,
+            )
+        )
+    return Outcome(rows, plots)
+
+
+@claim(
+    "bandwidth",
+    source="Rajamanoharan et al. 2024b, section 4",
+    says="The bandwidth ε trades variance for bias: small, and thresholds hardly learn; large, and they learn something else.",
+    shown="With the smallest ε thresholds move less and L0 is higher than at ε = 0.1; with ε = 1 FVU is worse than at 0.1 though "
+    "L0 is no higher; noise over signal of the thresholds' gradient falls from each ε to the next up to 0.1.",
+)
+def bandwidth(lab: Lab) -> Outcome:
+    rows, plots = [], []
+    for data in _some(lab):
+        saes = lab.train(
+            {
+                f"{e:g}": lab.runs(
+                    data, "jumprelu", sparsity_coefficient=BANDWIDTH_LAMBDA, bandwidth=e, tokens=_half(lab, data)
+                )
+                for e in BANDWIDTHS
+            }
+        )
+        tables = {arm: lab.tables(ones, data, loss=False) for arm, ones in saes.items()}
+        first, middle, last = f"{BANDWIDTHS[0]:g}", "0.1", f"{BANDWIDTHS[-1]:g}"
+        moved = {
+            arm: [float((_thresholds(sae) / START).log().abs().median()) for sae in ones] for arm, ones in saes.items()
+        }
+        ratios = [a / max(b, 1e-9) for a, b in zip(moved[first], moved[middle], strict=True)]
+        rows.append(seeds_finding(data, f"move of log θ, ε = {first} / ε = {middle}", ratios, below=1.0))
+        rows.append(finding(data, f"L0, ε = {first} / {middle}", tables, over(l0(first), l0(middle)), above=1.0))
+        rows.append(finding(data, f"FVU, ε = {last} / {middle}", tables, over(fvu(last), fvu(middle)), above=1.0))
+        rows.append(finding(data, f"L0, ε = {last} / {middle}", tables, over(l0(last), l0(middle))))
+        noise = [[_noise(sae, data, e) for e in BANDWIDTHS[:4]] for sae in saes[middle]]
+        largest = [max(b / a for a, b in zip(one, one[1:], strict=False)) for one in noise]
+        rows.append(
+            seeds_finding(data, "noise / signal of the gradient, largest ratio to the next ε", largest, below=1.0)
+        )
+        points = [finding(data, arm, tables, l0(arm)) for arm in tables]
+        plots.append(
+            Plot(
+                f"By bandwidth, {data.words.split(' (')[0].replace('`', '')}",
+                "ε",
+                "",
+                [
+                    Series(
+                        "L0",
+                        list(BANDWIDTHS),
+                        [p.value for p in points],
+                        [p.low for p in points],
+                        [p.high for p in points],
+                    ),
+                    Series("noise / signal of the gradient", list(BANDWIDTHS[:4]), noise[0]),
+                ],
+                log_x=True,
+                log_y=True,
+            )
+        )
+    return Outcome(rows, plots)
+
+
+def _noise(sae: SAE, data: Data, width: float) -> float:
+    """Standard deviation over batches of 256 tokens over the size of the mean, of the gradient that the thresholds of a finished
+    SAE get with this bandwidth: root mean squares over latents."""
+    held = data.held_out()
+    scale = sae.metadata["input_scale"]
+    found = []
+    for x in held.x[held.mask].split(256):
+        if len(x) < 256:
+            continue
+        theta = _thresholds(sae).clone().requires_grad_()
+        with torch.no_grad():
+            pre = sae.pre_acts(x) * scale
+        acts, step = jumprelu_ste(pre, theta, width)
+        x_hat = acts @ sae.W_dec.detach() + sae.b_dec.detach() * scale
+        loss = (x * scale - x_hat).square().sum(-1).mean() + BANDWIDTH_LAMBDA * step.sum(-1).mean()
+        (gradient,) = torch.autograd.grad(loss, theta)
+        found.append(gradient.double())
+    gradients = torch.stack(found)
+    signal = gradients.mean(0).square().mean().sqrt()
+    return float(gradients.var(0).mean().sqrt() / signal) if float(signal) > 0 else math.inf
+
+
+@claim(
+    "unit-norm",
+    source="Rajamanoharan et al. 2024b, section 5; Lieberum et al. 2024 (Gemma Scope), section 3.2",
+    says="Scaled so that E‖x‖² = 1, activations of all sites can be trained on with the same settings.",
+    shown="On fresh tokens of the training stream E‖x‖² is 1 to 1 %; at two places of different norm one λ of ReLU + L1 gives L0 "
+    "within a factor of 2, and the same λ without scaling does not.",
+)
+def unit_norm(lab: Lab) -> Outcome:
+    rows = []
+    pairs: list[tuple[Data, Data]] = [(Planted(), Planted(scale=10.0))] if lab.planted else []
+    stories = [site for site in lab.sites if site.lm.name == "stories"] or lab.sites
+    if len(stories) > 1:
+        pairs.append((stories[0], stories[1]))
+    for pair in pairs:
+        squares = [1 / float(_fresh(data).square().sum(-1).mean()) ** 0.5 for data in pair]
+        coefficient = 0.03
+        arms: dict[tuple[str, int], list[Run]] = {
+            ("scaled", i): lab.runs(data, "relu", sparsity_coefficient=coefficient, tokens=_half(lab, data))
+            for i, data in enumerate(pair)
+        }
+        # ‖x - x_hat‖² + λ‖z‖₁ on x of norm s is s² times that of x / s with λ / s: relative to the first place.
+        raw = coefficient * squares[1] / squares[0]
+        arms["raw", 1] = lab.runs(pair[1], "relu", sparsity_coefficient=raw, tokens=_half(lab, pair[1]))
+        saes = lab.train(arms)
+        words = f"{pair[0].words} and {pair[1].words if isinstance(pair[1], Site) else 'the same × 10'}"
+        for i in range(2):
+            scale = saes["scaled", i][0].metadata["input_scale"]
+            rows.append(
+                exact(words, f"E‖x‖² after scaling, place {i + 1}", (scale / squares[i]) ** 2, above=0.99, below=1.01)
+            )
+        levels = {
+            arm: [float(t["l0"].sum() / t["n"].sum()) for t in lab.tables(ones, pair[arm[1]], loss=False)]
+            for arm, ones in saes.items()
+        }
+
+        def factor(
+            one: tuple[str, int], other: tuple[str, int], levels: dict[tuple[str, int], list[float]] = levels
+        ) -> list[float]:
+            return [max(a / b, b / a) for a, b in zip(levels[one], levels[other], strict=True)]
+
+        rows.append(
+            seeds_finding(words, "factor between the L0, scaled", factor(("scaled", 0), ("scaled", 1)), below=2.0)
+        )
+        rows.append(
+            seeds_finding(words, "factor between the L0, not scaled", factor(("scaled", 0), ("raw", 1)), above=2.0)
+        )
+    return Outcome(
+        rows,
+        notes=[
+            "Training always scales here; not to scale is to train with λ times the ratio of the norms, which is the same loss."
+        ],
+    )
+
+
+def _fresh(data: Data) -> Tensor:
+    """32,768 tokens that come after those that training measures its scale on."""
+    parts, n = [], 0
+    for i, chunk in enumerate(data.chunks()):
+        if i == 0:
+            continue
+        parts.append(chunk[data.site].float())
+        n += len(parts[-1])
+        if n >= 32_768:
+            break
+    return torch.cat(parts)

@@ -1,0 +1,154 @@
+"""What training does: dead latents, unit rows, a code for every k."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reproduction.bootstrap import Sums
+from reproduction.claims.ratios import exact, finding, fvu, over, seeds_finding
+from reproduction.data import Data, Planted
+from reproduction.laboratory import Lab
+from reproduction.measure import fidelity
+from reproduction.outcome import Outcome, Plot, Series
+from reproduction.registry import claim
+from saehook.batches import InputFacts
+from saehook.sae_run import SAERun
+from saehook.suite.progressive_code import with_topk
+
+WIDTHS = {"planted": 512, "stories": 2048, "bundled": 4096}
+"""Latents of the dead-latent runs: 16 to 32 times the width of x."""
+CELLS = {
+    "tied, AuxK": (False, None),
+    "tied, no AuxK": (False, 0.0),
+    "untied, AuxK": (True, None),
+    "untied, no AuxK": (True, 0.0),
+}
+
+
+@claim(
+    "dead-latents",
+    source="Gao et al. 2024, section 2.4 and appendix A.2",
+    says="An encoder that starts as the decoder's transpose, and AuxK, leave few latents dead; without them most die.",
+    shown="The share of latents that fire on none of the held-out tokens is lower with either than without both, and with both no "
+    "higher than with any one of them (to 1 point).",
+)
+def dead_latents(lab: Lab) -> Outcome:
+    places: list[Data] = [Planted(offset=3.0)] if lab.planted else []
+    places += [site for site in lab.residual() if site.lm.name == "stories"]
+    rows, series = [], []
+    for data in places:
+        width = WIDTHS["planted" if isinstance(data, Planted) else data.lm.name]
+        saes = lab.train(
+            {
+                name: lab.runs(
+                    data,
+                    "topk",
+                    untied=apart,
+                    d_sae=width,
+                    tokens=lab.size(data).tokens // 2,
+                    **({} if coefficient is None else {"auxk_coefficient": coefficient}),
+                )
+                for name, (apart, coefficient) in CELLS.items()
+            }
+        )
+        held = data.held_out()
+        dead = {name: [fidelity(sae, held)[0].dead_share for sae in ones] for name, ones in saes.items()}
+        tokens = int(held.mask.sum())
+        for name, shares in dead.items():
+            rows.append(seeds_finding(data, f"dead on {tokens:,} tokens, {name}", shares))
+        both, neither = dead["tied, AuxK"], dead["untied, no AuxK"]
+        for name in list(CELLS)[:3]:
+            gaps = [a - b for a, b in zip(dead[name], neither, strict=True)]
+            rows.append(seeds_finding(data, f"dead: {name}, less neither", gaps, below=0.0))
+        for name in list(CELLS)[1:3]:
+            gaps = [a - b for a, b in zip(both, dead[name], strict=True)]
+            rows.append(seeds_finding(data, f"dead: both, less {name}", gaps, below=0.01))
+        means = [sum(shares) / len(shares) for shares in dead.values()]
+        series.append(
+            Series(
+                data.words,
+                [0.0, 1.0, 2.0, 3.0],
+                means,
+                [min(v) for v in dead.values()],
+                [max(v) for v in dead.values()],
+            )
+        )
+    plot = Plot("Latents that never fire on held-out tokens", "", "share", series, ticks=list(CELLS))
+    notes = [
+        "Dead in training, for AuxK: silent for 4 % of the training tokens. The planted data here have a large offset.",
+        "Untied: both matrices are drawn apart, with unit rows; b_dec begins at the mean.",
+    ]
+    return Outcome(rows, [plot], notes)
+
+
+@claim(
+    "unit-rows",
+    source="Gao et al. 2024, appendix A.3; Bricken et al. 2023",
+    says="Decoder rows are held at unit length through training.",
+    shown="After each of 100 steps every row of a TopK has length 1 to 1e-5.",
+)
+def unit_rows(lab: Lab) -> Outcome:
+    data = Planted()
+    worst = []
+    for seed in lab.seeds:
+        config = lab.config(data, "topk", seed)
+        x = data.draw(8192, 5)
+        run = SAERun(config, "unit-rows", InputFacts.measure(x, data.site))
+        apart = 0.0
+        for step in range(100):
+            run.step({data.site: x[(step * 64) % 8192 :][:64]})
+            apart = max(apart, float((torch.linalg.vector_norm(run.sae.W_dec.detach(), dim=-1) - 1).abs().max()))
+        worst.append(apart)
+    return Outcome([exact(data, "largest distance of a row's length from 1", max(worst), below=1e-5)])
+
+
+@claim(
+    "multi-topk",
+    source="Gao et al. 2024, section 5.3 and appendix A.6",
+    says="TopK overfits to its k: beyond it reconstruction gets worse. With a second loss at 4k (Multi-TopK) it goes on "
+    "getting better.",
+    shown="From k to 4k FVU of TopK rises; that of Multi-TopK falls, and it is below that of TopK at 4k.",
+)
+def multi_topk(lab: Lab) -> Outcome:
+    rows, plots = [], []
+    for data in [*lab.planted, *filter(lab.trained_here, lab.residual())]:
+        k = lab.size(data).k
+        ks = [k // 2, k, 2 * k, 4 * k, 8 * k]
+        saes = lab.arms(data, "topk", "multitopk")
+        tables = {
+            f"{arm} {j}": lab.tables([with_topk(sae, j) for sae in ones], data, loss=False)
+            for arm, ones in saes.items()
+            for j in ks
+        }
+
+        def ratio(arm: str, j: int, other: str, i: int):
+            def statistic(s: Sums) -> Tensor:
+                return over(fvu(f"{arm} {j}"), fvu(f"{other} {i}"))(s)
+
+            return statistic
+
+        rows.append(finding(data, "FVU at 4k / at k, topk", tables, ratio("topk", 4 * k, "topk", k), above=1.0))
+        rows.append(
+            finding(data, "FVU at 4k / at k, multitopk", tables, ratio("multitopk", 4 * k, "multitopk", k), below=1.0)
+        )
+        rows.append(
+            finding(data, "FVU at 4k, multitopk / topk", tables, ratio("multitopk", 4 * k, "topk", 4 * k), below=1.0)
+        )
+        rows.append(finding(data, "FVU at k, multitopk / topk", tables, ratio("multitopk", k, "topk", k)))
+        series = []
+        for arm in saes:
+            points = [finding(data, arm, tables, fvu(f"{arm} {j}")) for j in ks]
+            ends = [[getattr(p, part) for p in points] for part in ("value", "low", "high")]
+            series.append(Series(arm, [j / k for j in ks], *ends))
+        plots.append(
+            Plot(
+                f"k' at test time, {data.words.split(' (')[0].replace('`', '')}",
+                "k' / k",
+                "FVU",
+                series,
+                log_x=True,
+                log_y=True,
+            )
+        )
+    return Outcome(rows, plots)

@@ -1,0 +1,160 @@
+"""What came out of one claim, as plain data, and the rule that turns numbers into a verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+REPRODUCED, NOT_REPRODUCED, UNTESTED = "reproduced", "not reproduced", "could not be tested at this scale"
+NOT_RUN = "not run yet"
+
+VERDICT_RULE = (
+    "A finding **holds** if its whole 95 % interval is on the expected side, **fails** if none of it is, else it is "
+    "**open**. A claim is *reproduced* if all its findings hold, *not reproduced* if one fails, and *could not be tested at "
+    "this scale* if one is open and none fails, or if a condition of the comparison (matched L0) does not hold for any data. "
+    "Findings on data for which a condition does not hold are not counted."
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number that the claim says something about."""
+
+    data: str
+    """What it was measured on."""
+    quantity: str
+    value: float
+    low: float
+    """Lower end of the 95 % interval; the value where it is exact."""
+    high: float
+    above: float | None = None
+    """Expected is more than this; None: no such bound."""
+    below: float | None = None
+    """Expected is less than this."""
+    condition: bool = False
+    """Something without which the other findings on the same data mean nothing."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether anything is expected of it."""
+        return self.above is not None or self.below is not None
+
+    @property
+    def state(self) -> str:
+        """`holds`, `fails`, `open`; empty where nothing is expected."""
+        if not self.counts:
+            return ""
+        if not all(map(math.isfinite, (self.value, self.low, self.high))):
+            return "open"
+        bottom = -math.inf if self.above is None else self.above
+        top = math.inf if self.below is None else self.below
+        if bottom < self.low and self.high < top:
+            return "holds"
+        return "fails" if self.high <= bottom or self.low >= top else "open"
+
+    @property
+    def expected(self) -> str:
+        """As text."""
+        if self.above is not None and self.below is not None:
+            return f"{self.above:g} … {self.below:g}"
+        return f"> {self.above:g}" if self.above is not None else "" if self.below is None else f"< {self.below:g}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve of a plot."""
+
+    label: str
+    x: list[float]
+    y: list[float]
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Axes with curves."""
+
+    title: str
+    x: str
+    y: str
+    series: list[Series]
+    log_x: bool = False
+    log_y: bool = False
+    ticks: list[str] = field(default_factory=list)
+    """Names of the places 0, 1, 2, ... on the x axis; empty where x is a number."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One claim, run once."""
+
+    findings: list[Finding]
+    plots: list[Plot] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    untestable: str = ""
+    """Why nothing could be measured."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Form, date, versions, data, tokens, seeds, seconds."""
+
+    @property
+    def verdict(self) -> str:
+        """By `VERDICT_RULE`."""
+        return verdict(self.findings, self.untestable)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; numbers that are not finite are None."""
+        return _plain(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Outcome:
+        """The inverse of `to_dict`."""
+        nan: dict[str, Any] = {name: float("nan") for name in ("value", "low", "high")}
+        findings = [Finding(**nan | {k: v for k, v in f.items() if v is not None}) for f in data["findings"]]
+        plots = [Plot(**p | {"series": [Series(**s) for s in p["series"]]}) for p in data["plots"]]
+        return Outcome(findings, plots, data["notes"], data["untestable"], data["facts"])
+
+
+def verdict(findings: Sequence[Finding], untestable: str = "") -> str:
+    """One of the three; see `VERDICT_RULE`."""
+    counted = counted_findings(findings)
+    states = {finding.state for finding in counted}
+    if untestable or not counted:
+        return UNTESTED
+    if "fails" in states:
+        return NOT_REPRODUCED
+    return UNTESTED if "open" in states else REPRODUCED
+
+
+def counted_findings(findings: Sequence[Finding]) -> list[Finding]:
+    """Those with an expectation, on data for which every condition holds."""
+    spoilt = {f.data for f in findings if f.condition and f.state != "holds"}
+    return [f for f in findings if f.counts and not f.condition and f.data not in spoilt]
+
+
+def why(outcome: Outcome) -> str:
+    """The verdict's reason, in one sentence."""
+    if outcome.untestable:
+        return outcome.untestable
+    counted = counted_findings(outcome.findings)
+    spoilt = sorted({f.data for f in outcome.findings if f.condition and f.state != "holds"})
+    parts = [f"{sum(f.state == 'holds' for f in counted)} of {len(counted)} findings hold"]
+    for state in ("fails", "open"):
+        if names := [f"{f.quantity} ({f.data})" for f in counted if f.state == state]:
+            parts.append(f"{state}: {'; '.join(names)}")
+    if spoilt:
+        parts.append(f"not counted, since a condition does not hold: {', '.join(spoilt)}")
+    return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,121 @@
+"""`demos/REPRODUCTION.md` from the stored JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reproduction.outcome import (
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    UNTESTED,
+    VERDICT_RULE,
+    Finding,
+    Outcome,
+    counted_findings,
+    why,
+)
+from reproduction.registry import Claim
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS, PLOTS = FOLDER / "results", FOLDER / "plots"
+PAGE = FOLDER.parent / "REPRODUCTION.md"
+
+HEAD = """# The papers' claims, reproduced by this program
+
+Made by `python demos/reproduce.py --page` from `demos/reproduction/results/`; generated file.
+
+For each claim: what the paper says, what was run, what came out, and a verdict that a rule in code
+(`demos/reproduction/outcome.py`) reads off the numbers. {rule}
+
+Unless a table says otherwise, intervals are 95 % of a bootstrap over sequences ({sequence} tokens) and over seeds, paired: every
+draw takes the same sequences and seeds for both sides of a comparison, and all SAEs saw the same tokens in the same order.
+"From seed to seed" means mean, smallest and largest of the seeds. Metrics of `saehook.suite` are means over seeds, from the
+lowest end of a seed's interval to the highest.
+
+All runs are small. What fails here can hold at the paper's scale, and the reverse; "measured on" says what a verdict rests on.
+SAEs of the bundled model are those of `demos/compare_methods.py` where its run is given (`--methods-run`).
+"""
+
+
+def stored(folder: Path = RESULTS) -> dict[str, Outcome]:
+    """Outcomes by the name of their claim."""
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        found[file.stem] = Outcome.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    return found
+
+
+def page(claims: Mapping[str, Claim], outcomes: Mapping[str, Outcome]) -> str:
+    """Markdown."""
+    from reproduction.data import SEQUENCE
+
+    parts = [
+        HEAD.format(rule=VERDICT_RULE, sequence=SEQUENCE),
+        _overview(claims, outcomes),
+    ]
+    parts += [_section(claim, outcomes.get(name)) for name, claim in claims.items()]
+    return "\n".join(parts)
+
+
+def _overview(claims: Mapping[str, Claim], outcomes: Mapping[str, Outcome]) -> str:
+    verdicts = {name: outcomes[name].verdict if name in outcomes else NOT_RUN for name in claims}
+    counts = [(v, sum(x == v for x in verdicts.values())) for v in (REPRODUCED, NOT_REPRODUCED, UNTESTED, NOT_RUN)]
+    lines = [
+        "## All of them",
+        "",
+        ", ".join(f"{n} {v}" for v, n in counts if n) + ".",
+        "",
+        "| claim | verdict | measured on |",
+        "|---|---|---|",
+    ]
+    for name, claim in claims.items():
+        places = _places(outcomes[name]) if name in outcomes else ""
+        lines.append(f"| [{name}](#{name}): {claim.says} | {verdicts[name]} | {places} |")
+    return "\n".join(lines) + "\n"
+
+
+def _places(outcome: Outcome) -> str:
+    """Which kinds of data the verdict rests on."""
+    words = " ".join(finding.data for finding in counted_findings(outcome.findings))
+    kinds = {"planted": "planted", "bundled model": "bundled model", "stories260K": "stories260K"}
+    return ", ".join(short for part, short in kinds.items() if part in words)
+
+
+def _section(claim: Claim, outcome: Outcome | None) -> str:
+    lines = [f"## {claim.name}", "", f"**{claim.says}** ({claim.source})", "", f"Shown if: {claim.shown}", ""]
+    command = f"python demos/reproduce.py {claim.name}"
+    if outcome is None:
+        return "\n".join([*lines, f"Verdict: **{NOT_RUN}** (`{command}`).", ""])
+    lines += [f"Verdict: **{outcome.verdict}**. {why(outcome)}", ""]
+    if outcome.findings:
+        lines += ["| data | quantity | value | 95 % | expected | |", "|---|---|---|---|---|---|"]
+        lines += [_row(finding) for finding in outcome.findings]
+        lines.append("")
+    if outcome.plots:
+        lines += [f"![{outcome.plots[0].title}](reproduction/plots/{claim.name}.svg)", ""]
+    lines += [*(f"{note}\n" for note in outcome.notes)]
+    lines += [f"Run: `{command}`{_facts(outcome.facts)}", ""]
+    return "\n".join(lines)
+
+
+def _row(f: Finding) -> str:
+    interval = "" if f.low == f.high else f"{f.low:.4g} … {f.high:.4g}"
+    state = f"condition {f.state}" if f.condition else f.state
+    return f"| {f.data} | {f.quantity} | {f.value:.4g} | {interval} | {f.expected} | {state} |"
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    if not facts:
+        return "."
+    lines = [f", {facts['form']} form, {facts['date']}, {facts['machine']}."]
+    for data, used in facts.get("trained", {}).items():
+        tokens = ", ".join(f"{n:,}" for n in used["tokens"])
+        widths = ", ".join(f"{n:,}" for n in used["d_sae"])
+        lines.append(
+            f"{used['runs']} SAEs on {data}, {tokens} tokens each, {widths} latents, {len(facts['seeds'])} seeds."
+        )
+    return " ".join(lines)
