@@ -153,7 +153,7 @@ def test_slow_metrics_are_on_the_page(result, tmp_path):
         table for table in page.tables() if table[0] == ["measure", "first", "layers.2.mlp_out", "measured on"]
     ]
     assert whole[1:] == [
-        ["probe loss|FVU", "0.25 [0.1 … 0.9]", "–", "16 windows"],
+        ["probe loss|FVU", "0.1 … 0.9", "–", "16 windows"],
         ["refined up|FVU", "–", "0.1 … 0.9 (3 windows, 8 are needed (about 99 tokens))", "16 windows"],
         ["refinement gain|FVU", "–", "–", "16 windows"],
         ["steerable|FVU", "0.75 [0.1 … 0.9]", "–", "16 windows"],
