@@ -216,7 +216,8 @@ class _Evaluation:
             for key in group:
                 found.append(states(runs[key]))
                 self.bar.update()
-            scores |= dict(zip(group, self.head.scores(clean, found, targets), strict=True))
+            ablations = [i for i, (_, kind) in enumerate(group) if kind != "spliced"]
+            scores |= dict(zip(group, self.head.scores(clean, found, targets, losses_only=ablations), strict=True))
         self.add(scores, rows, counted)
 
     def check_identity(self, clean: Tensor, targets: Tensor, states: Callable[[_Run], Tensor]) -> None:

@@ -7,7 +7,7 @@ left alone: then the model's own forward makes all logits of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,19 +101,22 @@ class Head:
         """[n, vocabulary] in the model's dtype, of what `run` gave for n tokens."""
         return states if self.site is None else self._form(self._module(states))
 
-    def scores(self, clean: Tensor, others: Sequence[Tensor], targets: Tensor) -> list[Scores]:
+    def scores(
+        self, clean: Tensor, others: Sequence[Tensor], targets: Tensor, losses_only: Collection[int] = ()
+    ) -> list[Scores]:
         """Of each run in `others`, [n, width] each, against the clean one; `targets` [n] are the next tokens. The clean run
-        itself may be among them."""
+        itself may be among them. Of those numbered in `losses_only` nothing but `ce` is computed; the rest is NaN."""
         vocabulary = self.hooked.lm.get_input_embeddings().num_embeddings
         step = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary))
         # Made beforehand: small results made between large temporaries would leave holes in the heap, gigabytes in all.
-        found = [Scores(*clean.new_empty(3, len(targets), dtype=torch.float32)) for _ in others]
+        found = [Scores(*clean.new_full((3, len(targets)), torch.nan, dtype=torch.float32)) for _ in others]
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
             reference = _Clean(self.logits(clean[rows]))
-            for scores, states in zip(found, others, strict=True):
+            for i, (scores, states) in enumerate(zip(found, others, strict=True)):
                 logits = reference.logits if states is clean else self.logits(states[rows])
-                reference.score(logits, targets[rows], Scores(*(each[rows] for each in scores)))
+                part = Scores(*(each[rows] for each in scores))
+                reference.score(logits, targets[rows], part, compare=i not in losses_only)
         return found
 
 
@@ -128,7 +131,7 @@ class _Clean:
         absent = self.p == 0
         self.absent = absent if absent.any() else None
 
-    def score(self, logits: Tensor, targets: Tensor, into: Scores) -> None:
+    def score(self, logits: Tensor, targets: Tensor, into: Scores, *, compare: bool) -> None:
         """A run with `logits`, in parts so small that a CPU reads each from memory once.
 
         KL = Σ p (log p - log q) = Σ p (z_p - z_q) + log Σ exp z_q - log Σ exp z_p, from logits z.
@@ -140,6 +143,8 @@ class _Clean:
             top = z.amax(-1, keepdim=True)
             log_sum = (top + (z - top).exp_().sum(-1, keepdim=True).log_())[:, 0]
             into.ce[rows] = log_sum - z.gather(1, targets[rows, None])[:, 0]
+            if not compare:
+                continue
             into.agrees[rows] = (z.gather(1, self.best[rows]) == top)[:, 0].float()
             change = self.logits[rows].float() - z
             if self.absent is not None:  # 0 · log 0 = 0
