@@ -18,11 +18,15 @@ FLAGS = (
 def url() -> Iterator[str]:
     from saehook.app import Limits, serve
 
-    app = serve(tiny(), port=free_port(), limits=Limits(new_tokens=400), block=False, quiet=True)
+    config = tiny().lm.config
+    context, config.max_position_embeddings = config.max_position_embeddings, 4096
+    # So many tokens that on any machine a run lasts until somebody stops it.
+    app = serve(tiny(), port=free_port(), limits=Limits(new_tokens=3000), block=False, quiet=True)
     assert app.local_url
     yield app.local_url
     app.close()
     collect_loops()
+    config.max_position_embeddings = context
 
 
 @pytest.fixture(scope="session")

@@ -380,9 +380,9 @@ def test_mistakes_are_explained(visit):
 def test_stop_ends_the_lane_at_once(visit):
     page = visit()
     read(page, PROMPT)
-    set_new_tokens(page, 400)
+    set_new_tokens(page, 3000)
     page.locator("#generate").click()
-    expect(page.locator("#lane-base .status")).to_contain_text(re.compile(r"[1-9]\d* of 400 tokens"))
+    expect(page.locator("#lane-base .status")).to_contain_text(re.compile(r"[1-9]\d* of 3000 tokens"))
     page.locator("#stop").click()
     assert wait_until(lambda: not streams()) < 2
     expect(page.locator("#lane-base .lane")).to_have_attribute("data-state", "stopped")
@@ -396,9 +396,9 @@ def test_stop_ends_the_lane_at_once(visit):
 @pytest.mark.parametrize("leave", ["close", "reload"])
 def test_leaving_the_page_ends_the_run(visit, leave):
     page = visit()
-    set_new_tokens(page, 400)
+    set_new_tokens(page, 3000)
     page.locator("#generate").click()
-    expect(page.locator("#lane-base .status")).to_contain_text(re.compile(r"[1-9]\d* of 400 tokens"))
+    expect(page.locator("#lane-base .status")).to_contain_text(re.compile(r"[1-9]\d* of 3000 tokens"))
     assert streams()
     visit.leaves()
     getattr(page, leave)()
