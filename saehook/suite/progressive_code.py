@@ -93,7 +93,7 @@ def _span(ks: Sequence[int], errors: Sequence[Tensor]) -> tuple[float, float]:
 @torch.no_grad()
 def thresholds_for(sample: Sample, ks: Sequence[int]) -> list[float]:
     """For each k' the θ above which that many pre-activations of a token are on average, 0 where fewer are positive."""
-    most = min(sample.sae.d_sae, 4 * max(ks))
+    most = min(sample.sae.d_sae, 4 * max(ks, default=0))
     kept = [sample.sae.pre_acts(sample.x[part]).relu().topk(most, dim=-1).values.flatten() for part in sample.parts()]
     values = torch.cat(kept).sort(descending=True).values
     return [float(values[len(sample) * k]) if len(sample) * k < len(values) else 0.0 for k in ks]
