@@ -84,6 +84,7 @@ class World:
         finally:
             for process in self.processes:
                 process.kill()
+                process.wait()
 
 
 def run(*command: str, code: int = 0) -> str:
@@ -153,6 +154,7 @@ def test_one_process_that_is_gone_ends_all(corpus, tmp_path, number):
     assert world.processes[1 - gone].wait(timeout=300) == 2, world.said
     took = time.monotonic() - began
     world.processes[gone].kill()
+    world.processes[gone].wait()
     assert took < 200, took
     said = world.said[1 - gone]
     assert said.count("saehook train:") == 1, said

@@ -268,8 +268,8 @@ def test_text_and_buffer_go_on_where_they_were(model, repeat):
                 assert torch.equal(got[site], expected[site])
         if not repeat and len(batches) < 70:
             assert next(after, None) is None
-        assert after.text is not None
-        assert whole.text is not None
+        assert isinstance(after.text, TextStream)
+        assert isinstance(whole.text, TextStream)
         assert after.text.served == whole.text.served
 
 
