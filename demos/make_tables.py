@@ -140,7 +140,7 @@ def suite_table() -> str:
     lines = [
         "# Slow metrics of the bundled SAEs",
         "",
-        "Made by `python demos/make_tables.py --suite`, which runs `saehook eval --suite full`: held-out modules of Python "
+        "Made again by `python demos/make_tables.py --suite`, which runs `saehook eval --suite full`: held-out modules of Python "
         f"{provenance['versions']['python']}, {max(provenance['tokens'].values()):,} tokens of them, seed {provenance['seed']}. "
         "What each measure is: `saehook/suite/`. In brackets 95 % intervals over what it is measured on.",
         "",
@@ -157,11 +157,24 @@ def suite_table() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def distributed() -> str:
+    """Some rows of the newest recorded run of tests/bench/bench_distributed.py."""
+    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("distributed_bytes_*.json"))[-1]
+    lines = ["| devices | mesh | held, MB | x_hat, kB | top-k, kB | gradients, kB |", "|---:|---|---:|---:|---:|---:|"]
+    for r in json.loads(file.read_text())["rows"]:
+        if r["devices"] in (2, 8, 64, 512):
+            mesh = f"data={r['data']},latent={r['devices'] // r['data']}"
+            sent = " | ".join(f"{r['sent_bytes'][what] / 1e3:,.0f}" for what in ("x_hat", "top-k", "gradients"))
+            lines.append(f"| {r['devices']} | {mesh} | {r['held_bytes'] / 1e6:,.2f} | {sent} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "checkpoints/eval.json": evaluation,
     "compare_methods": methods,
     "bench_splice": speed,
     "bench_train_step": training,
+    "bench_distributed": distributed,
 }
 
 
