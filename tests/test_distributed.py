@@ -1,4 +1,4 @@
-"""Several processes with gloo: selection, steps, curves, checkpoints and bytes against one device, in float64: to 1e-12, weights after the first step to 1e-10."""
+"""Several processes with gloo against one device, in float64 to 1e-12; weights after the first step to 1e-10."""
 
 from __future__ import annotations
 
