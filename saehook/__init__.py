@@ -21,6 +21,20 @@ if TYPE_CHECKING:
     from saehook.config import SAEConfig as SAEConfig
     from saehook.config import TopK as TopK
     from saehook.config import TrainConfig as TrainConfig
+    from saehook.edits import ablate as ablate
+    from saehook.edits import add_vector as add_vector
+    from saehook.edits import at_least as at_least
+    from saehook.edits import at_most as at_most
+    from saehook.edits import cap_along as cap_along
+    from saehook.edits import clamp as clamp
+    from saehook.edits import keep_only as keep_only
+    from saehook.edits import project_out as project_out
+    from saehook.edits import resample as resample
+    from saehook.edits import scale as scale
+    from saehook.edits import set_ as set_
+    from saehook.edits import steer as steer
+    from saehook.edits import swap as swap
+    from saehook.edits import to_mean as to_mean
     from saehook.errors import SaehookError as SaehookError
     from saehook.evaluation import evaluate as evaluate
     from saehook.formats import identify as identify
@@ -28,20 +42,6 @@ if TYPE_CHECKING:
     from saehook.interventions import Edit as Edit
     from saehook.interventions import Program as Program
     from saehook.interventions import VectorEdit as VectorEdit
-    from saehook.interventions import ablate as ablate
-    from saehook.interventions import add_vector as add_vector
-    from saehook.interventions import at_least as at_least
-    from saehook.interventions import at_most as at_most
-    from saehook.interventions import cap_along as cap_along
-    from saehook.interventions import clamp as clamp
-    from saehook.interventions import keep_only as keep_only
-    from saehook.interventions import project_out as project_out
-    from saehook.interventions import resample as resample
-    from saehook.interventions import scale as scale
-    from saehook.interventions import set_ as set_
-    from saehook.interventions import steer as steer
-    from saehook.interventions import swap as swap
-    from saehook.interventions import to_mean as to_mean
     from saehook.sae import SAE as SAE
     from saehook.schedules import Schedule as Schedule
     from saehook.trainer import Trainer as Trainer
@@ -74,31 +74,31 @@ _HOME = {
     "Trainer": "trainer",
     "VectorEdit": "interventions",
     "Where": "where",
-    "ablate": "interventions",
-    "add_vector": "interventions",
-    "at_least": "interventions",
-    "at_most": "interventions",
+    "ablate": "edits",
+    "add_vector": "edits",
+    "at_least": "edits",
+    "at_most": "edits",
     "bundled": "bundle",
-    "cap_along": "interventions",
-    "clamp": "interventions",
+    "cap_along": "edits",
+    "clamp": "edits",
     "evaluate": "evaluation",
     "generation": "where",
     "identify": "formats",
-    "keep_only": "interventions",
+    "keep_only": "edits",
     "latent": "conditions",
     "load_sae": "checkpoint",
     "matching": "where",
-    "project_out": "interventions",
+    "project_out": "edits",
     "prompt": "where",
-    "resample": "interventions",
+    "resample": "edits",
     "roles": "where",
     "save_sae": "checkpoint",
-    "scale": "interventions",
-    "set_": "interventions",
+    "scale": "edits",
+    "set_": "edits",
     "span": "where",
-    "steer": "interventions",
-    "swap": "interventions",
-    "to_mean": "interventions",
+    "steer": "edits",
+    "swap": "edits",
+    "to_mean": "edits",
     "token_ids": "where",
     "tokens": "where",
 }

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 
 from saehook.dose_response import repetition
+from saehook.edits import steer
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
-from saehook.interventions import Edit, Program, steer
+from saehook.interventions import Edit, Program
 from saehook.results import Report
 
 

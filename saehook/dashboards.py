@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saehook.edits import ablate
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 from saehook.inspection import token_losses
-from saehook.interventions import ablate
 from saehook.sae import QUANTILE_LEVELS
 
 BARS_PER_OCTAVE = 2

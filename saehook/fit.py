@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from saehook.errors import FormatError, SiteError
 from saehook.formats import Found
-from saehook.hooked_model import model_class
+from saehook.lm_loading import check_holds_model, model_class
 from saehook.sites import resolve
 
 
@@ -21,8 +20,7 @@ def skeleton(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise FormatError(f"the folder {name} holds no Hugging Face model (no config.json).")
+    check_holds_model(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except ValueError as error:

@@ -1,9 +1,9 @@
 """Language models with SAEs attached at named sites, through nnsight. The only file that imports nnsight.
 
-At each site stands a `TapPoint`, a module of its own that nnsight calls from an edit of the model, so the latents are
-nnsight sites themselves. The Hugging Face model is not changed: no hook, parameter or buffer is added to it, and a `HookedModel`
-stays clean whatever is attached to it. What a run shall do travels in an object of that run, put on the tap points
-under the lock of the torch model and taken off in `finally`.
+At each site stands a `TapPoint` (`tap_point.py`), a module of its own that nnsight calls from an edit of the model, so the
+latents are nnsight sites themselves. The Hugging Face model is not changed: no hook, parameter or buffer is added to it, and a
+`HookedModel` stays clean whatever is attached to it. What a run shall do travels in an object of that run, put on the tap
+points under the lock of the torch model and taken off in `finally`.
 """
 
 from __future__ import annotations
@@ -54,20 +54,19 @@ from nnsight.intervention.envoy import Envoy  # noqa: E402
 from nnsight.intervention.interleaver import OutOfOrderError  # noqa: E402
 from nnsight.intervention.tracer import InterleavingTracer  # noqa: E402
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
-from transformers.utils.generic import ModelOutput  # noqa: E402
 
 from saehook.attachment import check_fingerprint, fingerprint, place_saes  # noqa: E402
 from saehook.edit_plan import Attached, EditPlan, Place, plan_edits, run_plan  # noqa: E402
-from saehook.editing import Action, ReadAction, StopForward, changed, changes  # noqa: E402
+from saehook.editing import Action, ReadAction, StopForward  # noqa: E402
 from saehook.errors import (  # noqa: E402
     ArgumentError,
-    FormatError,
     ShapeError,
     SiteError,
     SiteNotExecutedError,
 )
 from saehook.hooked_saes import HookedSAEs  # noqa: E402
 from saehook.interventions import Edit, Program  # noqa: E402
+from saehook.lm_loading import load_lm  # noqa: E402
 from saehook.model_input import predicts_next_tokens, takes_text  # noqa: E402
 from saehook.positions import Positions, TokenView  # noqa: E402
 from saehook.prefix import Follower  # noqa: E402
@@ -75,6 +74,7 @@ from saehook.results import Report  # noqa: E402
 from saehook.runs import Runs  # noqa: E402
 from saehook.sae import SAE  # noqa: E402
 from saehook.sites import Site, layer_paths, named_sites, resolve  # noqa: E402
+from saehook.tap_point import TapPoint, write_input, write_output  # noqa: E402
 
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -156,62 +156,6 @@ def _wrapped(lm: Any, tokenizer: Any, device: Callable[[], Any]) -> Any:
             return _Model(lm, task=task, tokenizer=tokenizer)
         finally:
             lm.hf_device_map = places
-
-
-class _Identity(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class TapPoint(nn.Module):
-    """What nnsight calls at a site. With an SAE, its children `pre_acts`, `latents`, `reconstruction` and `error` are
-    sites."""
-
-    def __init__(self, sae: SAE | None) -> None:
-        super().__init__()
-        self.sae = sae
-        self.pre_acts, self.latents, self.reconstruction, self.error = (_Identity() for _ in range(4))
-        self.action: Callable[[Tensor], Tensor] | None = None
-        self.asked: Callable[[], bool] = lambda: True
-        """Whether a trace wants anything of the children in this forward pass."""
-        self.shape: Callable[[], torch.Size | None] = lambda: None
-        """(rows, tokens) of this forward pass."""
-        self.elsewhere = False
-        """Whether the SAE is a transcoder that writes at another site."""
-        self.changes: tuple[Tensor, Tensor] | None = None
-        """Then, what a trace makes of its reconstruction in this forward pass (`editing.changes`)."""
-        self.transcoders: list[TapPoint] = []
-        """Those that write here. In a list, so that they are no children of this module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.action is not None:
-            return self.action(x)
-        shape = self.shape()
-        if shape is not None and x.shape[:-1] == (shape.numel(),):  # all rows as one list of tokens
-            return self._traced(x.reshape(*shape, -1)).reshape(x.shape)
-        return self._traced(x)
-
-    def _traced(self, x: Tensor) -> Tensor:
-        """x' as a trace leaves it; x itself where nobody wrote."""
-        for transcoder in self.transcoders:
-            if transcoder.changes is None:
-                raise SiteError(
-                    "the model is to write what a transcoder gives, and has not come to the site that it reads."
-                )
-            found, transcoder.changes = transcoder.changes, None
-            x = changed(x, *found, transcoder.error)
-        if self.sae is None:
-            return x
-        if not self.elsewhere and not self.asked():
-            # Nothing is computed, but nnsight tells generation steps apart by counting visits.
-            for child in (self.pre_acts, self.latents, self.reconstruction, self.error):
-                child(x)
-            return x
-        found = changes(x, self.sae, self.pre_acts, self.latents, self.reconstruction)
-        if self.elsewhere:
-            self.changes = found
-            return x
-        return changed(x, *found, self.error)
 
 
 def _no_sae(site: str | None) -> str:
@@ -343,7 +287,7 @@ class _Taps:
 
     @staticmethod
     def _with_tap(model: Any, parent: Envoy, envoy: Envoy, site: Site) -> Any:
-        visit = _write_input if site.side == "input" else _write_output
+        visit = write_input if site.side == "input" else write_output
         with model.edit() as (tracer, edited):
             steps = tracer.iter[:]
             with contextlib.suppress(OutOfOrderError):
@@ -447,68 +391,6 @@ def _check_no_trace(model: Any) -> None:
         )
 
 
-def _write_output(parent: Any, envoy: Envoy, site: Site) -> None:
-    value = parent.output
-    x = _activation(value, site)
-    new = envoy(x, hook=True)
-    if new is not x:
-        parent.output = _with_activation(value, new)
-
-
-def _activation(value: Any, site: Site) -> Tensor:
-    """The tensor that a site means: the value itself, or its first element."""
-    first = value
-    if isinstance(value, ModelOutput) or (isinstance(value, (tuple, list)) and value):
-        first = value[0]
-    if not isinstance(first, Tensor):
-        raise SiteError(f"the value at {site.name} is a {type(value).__name__} and no activation. Choose another site.")
-    return first
-
-
-def _with_activation(value: Any, new: Tensor) -> Any:
-    """`value` with another tensor in the place that `_activation` reads."""
-    if isinstance(value, Tensor):
-        return new
-    if isinstance(value, ModelOutput):
-        changed = copy.copy(value)
-        changed[next(iter(changed))] = new
-        return changed
-    return (new, *value[1:])
-
-
-def _write_input(parent: Any, envoy: Envoy, site: Site) -> None:
-    x = _activation(parent.input, site)
-    if not site.in_place:
-        new = envoy(x, hook=True)
-        if new is not x:
-            parent.input = new
-        return
-    # The residual stream goes on in the same tensor, so it is changed in place; autograd and a trace's block, which may
-    # have saved it, need the old one.
-    keep = torch.is_grad_enabled() or envoy._module.action is None
-    new = envoy(x.clone() if keep else x, hook=True)
-    if new is not x:
-        x.copy_(new)
-
-
-_WHERE = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
-"""Arguments of `from_pretrained` that config and tokenizer take like the model."""
-
-
-def model_class(name: str, config: Any = None, **where: Any) -> Any:
-    """What loads the model: `AutoModelForCausalLM`, or the class that the config names where that one generates no text.
-
-    An encoder, a classifier or a model without head would get a random language-model head otherwise.
-    """
-    import transformers
-
-    config = config or transformers.AutoConfig.from_pretrained(name, **where)
-    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    if named is not None and not named.can_generate():
-        return named
-    return transformers.AutoModelForCausalLM
-
-
 class HookedModel(Runs):
     """A Hugging Face language model whose sites can be read and written. It stays clean: SAEs go on a copy."""
 
@@ -558,22 +440,7 @@ class HookedModel(Runs):
                 lm = lm.to(device=device, dtype=dtype)
             return cls(lm, tokenizer)
         name = str(lm)
-        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-            raise FormatError(
-                f"the folder {name} holds no Hugging Face model (no config.json). Name the folder that has it, or a hub id."
-            )
-        if device is None and "device_map" not in hf_arguments:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if dtype is None:
-            dtype = torch.float32 if device is not None and torch.device(device).type == "cpu" else "auto"
-        where = {key: value for key, value in hf_arguments.items() if key in _WHERE}
-        loaded: Any = model_class(name, hf_arguments.get("config"), **where).from_pretrained(
-            name, dtype=dtype, **hf_arguments
-        )
-        if device is not None:
-            loaded = loaded.to(device)
-        if tokenizer is None and takes_text(loaded):
-            tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        loaded, tokenizer = load_lm(name, tokenizer, device, dtype, hf_arguments)
         return cls(loaded, tokenizer, model_id=name)
 
     @property

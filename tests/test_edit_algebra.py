@@ -13,23 +13,10 @@ import torch
 from builders import ACTIVATIONS, BOS, SPECIAL, WIDTH, build_lm, byte_tokenizer, random_ids, tiny_sae
 
 from saehook.config import AbsTopK, MaskRule, TopK
+from saehook.edits import ablate, at_least, at_most, clamp, keep_only, scale, steer, to_mean
 from saehook.errors import ArgumentError, MissingStatError, NoEffectWarning
 from saehook.hooked_model import HookedModel
-from saehook.interventions import (
-    NO_ACTIVE_ONLY,
-    NO_UNIT,
-    NO_VALUE,
-    Edit,
-    Program,
-    ablate,
-    at_least,
-    at_most,
-    clamp,
-    keep_only,
-    scale,
-    steer,
-    to_mean,
-)
+from saehook.interventions import NO_ACTIVE_ONLY, NO_UNIT, NO_VALUE, Edit, Program
 from saehook.where import Where, generation, prompt, span, token_ids, tokens
 
 # Those of the reference in `reference_hooks.py`; the others are in test_programs.py.

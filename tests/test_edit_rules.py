@@ -25,19 +25,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from saehook.conditions import latent
 from saehook.config import BatchTopK
-from saehook.errors import (
-    ArgumentError,
-    FormatError,
-    LatentError,
-    MissingStatError,
-    NoEffectWarning,
-    SiteError,
-    SiteNotExecutedError,
-)
-from saehook.hooked_model import HookedModel
-from saehook.interventions import (
-    AnyEdit,
-    Program,
+from saehook.edits import (
     ablate,
     add_vector,
     at_least,
@@ -51,6 +39,17 @@ from saehook.interventions import (
     steer,
     swap,
 )
+from saehook.errors import (
+    ArgumentError,
+    FormatError,
+    LatentError,
+    MissingStatError,
+    NoEffectWarning,
+    SiteError,
+    SiteNotExecutedError,
+)
+from saehook.hooked_model import HookedModel
+from saehook.interventions import AnyEdit, Program
 from saehook.schedules import Schedule
 from saehook.where import Where, generation, matching, prompt, roles, span, tokens
 

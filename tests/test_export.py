@@ -14,10 +14,11 @@ from saehook.checkpoint import save_sae
 from saehook.cli import main
 from saehook.conditions import latent
 from saehook.config import MaskRule, SAEConfig, TopK
+from saehook.edits import ablate, clamp, keep_only, scale, steer
 from saehook.errors import ExportError, FileError, LatentError, MissingStatError, ShapeError
 from saehook.export import export_checkpoint, export_control_vector
 from saehook.hooked_model import HookedModel
-from saehook.interventions import Edit, Program, VectorEdit, ablate, clamp, keep_only, scale, steer
+from saehook.interventions import Edit, Program, VectorEdit
 from saehook.program_file import program_id
 from saehook.sae import SAE
 from saehook.schedules import Schedule

@@ -14,19 +14,10 @@ from torch import Tensor
 from transformers import GenerationConfig, WatermarkingConfig
 
 from saehook.config import SAEConfig, TopK
+from saehook.edits import ablate, add_vector, clamp, keep_only, project_out, scale, steer, swap
 from saehook.errors import ArgumentError, NoEffectWarning
 from saehook.hooked_model import HookedModel
-from saehook.interventions import (
-    Program,
-    ablate,
-    add_vector,
-    clamp,
-    keep_only,
-    project_out,
-    scale,
-    steer,
-    swap,
-)
+from saehook.interventions import Program
 from saehook.results import MOST_MOVED, EditReport, LatentChange, Report, SiteReport
 from saehook.sae import SAE
 from saehook.sampling_noise import RowNoise

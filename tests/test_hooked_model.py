@@ -29,6 +29,7 @@ from builders import (
 )
 
 from saehook.editing import ReadAction, ReplaceAction
+from saehook.edits import ablate, clamp, scale, set_, steer
 from saehook.errors import (
     ArgumentError,
     ContextLengthError,
@@ -43,7 +44,7 @@ from saehook.errors import (
     SiteNotExecutedError,
 )
 from saehook.hooked_model import HookedModel
-from saehook.interventions import Edit, Program, ablate, clamp, scale, set_, steer
+from saehook.interventions import Edit, Program
 from saehook.sae import SAE
 from saehook.where import EVERYWHERE, generation, prompt, tokens
 

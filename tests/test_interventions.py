@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import saehook
 from saehook.conditions import COMPARISONS, OVER, And, Comparison, Or, latent
+from saehook.edits import ablate, at_least, at_most, clamp, keep_only, scale, set_, steer, to_mean
 from saehook.errors import ArgumentError, FormatError, LatentError
 from saehook.interventions import (
     ERRORS,
@@ -30,15 +31,6 @@ from saehook.interventions import (
     Edit,
     Program,
     VectorEdit,
-    ablate,
-    at_least,
-    at_most,
-    clamp,
-    keep_only,
-    scale,
-    set_,
-    steer,
-    to_mean,
 )
 from saehook.schedules import Schedule
 from saehook.where import EVERYWHERE, Where, generation, prompt, span, token_ids, tokens

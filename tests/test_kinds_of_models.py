@@ -22,10 +22,10 @@ from transformers import (
 
 from saehook.config import TopK, TrainConfig
 from saehook.corpus import Document
+from saehook.edits import steer
 from saehook.errors import ArgumentError
 from saehook.harvest import Shuffled, activations_of
 from saehook.hooked_model import HookedModel
-from saehook.interventions import steer
 from saehook.sites import KINDS
 from saehook.tokenization import special_ids, windows
 from saehook.trainer import Trainer

@@ -10,8 +10,9 @@ import torch
 from builders import random_ids, tiny_sae
 from torch.nn.functional import kl_div
 
+from saehook.edits import ablate, add_vector, at_least, at_most, clamp, scale, steer
 from saehook.errors import ArgumentError
-from saehook.interventions import Program, VectorEdit, ablate, add_vector, at_least, at_most, clamp, scale, steer
+from saehook.interventions import Program, VectorEdit
 from saehook.kl_strength import strength_for_kl
 from saehook.metrics import token_kl
 from saehook.where import Where, generation, tokens

@@ -16,11 +16,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "saehook"
 LAYERS = [
     "errors metrics kernels/*",
     "config corpus hub dataset_text bundle files gguf loggers fields metrics_log visible_text token_html formats/*",
-    "losses activation_fns where conditions schedules interventions site_spellings sites conversation "
+    "losses activation_fns where conditions schedules interventions edits site_spellings sites conversation "
     "tokenization sweep run_state plan initial_rows devices",
-    "sae sparse_acts model_input row_text positions optim batches prefix intervals splice_losses tracks readback "
+    "sae sparse_acts model_input lm_loading row_text positions optim batches prefix intervals splice_losses tracks readback "
     "program_file",
-    "checkpoint latent_notes writers reconstruction eval_result row_edits edit_blocks editing results edit_plan "
+    "checkpoint latent_notes writers reconstruction eval_result row_edits edit_blocks editing tap_point results edit_plan "
     "full_report sampling_noise calibration methods",
     "attachment runs attribution dose_response kl_strength hooked_saes hooked_model fit streaming sae_run trainer",
     "harvest activation_cache lm_head evaluation latent_stats inspection continuation kl_tuning replay export "

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from saehook.config import BatchTopK, MaskRule, TopK, TrainConfig
 from saehook.corpus import Document
+from saehook.edits import ablate, scale, steer
 from saehook.errors import ArgumentError
 from saehook.evaluation import evaluate
 from saehook.harvest import Shuffled, TextStream, activations_of, mask_rules, without_outliers
 from saehook.hooked_model import HookedModel
-from saehook.interventions import Program, ablate, scale, steer
+from saehook.interventions import Program
 from saehook.latent_stats import measure_stats
 from saehook.sae import SAE
 from saehook.tokenization import keep_mask

@@ -17,8 +17,9 @@ import yaml
 from fake_hub import fake_hub
 
 from saehook import hub
+from saehook.edits import ablate, steer
 from saehook.errors import ArgumentError, FileError, FormatError
-from saehook.interventions import Program, ablate, steer
+from saehook.interventions import Program
 from saehook.program_file import (
     MAX_BYTES,
     ModelRef,

@@ -16,17 +16,7 @@ import torch
 from builders import build_lm, byte_tokenizer, footprint, tiny_sae
 
 from saehook.conditions import OVER, latent
-from saehook.errors import FormatError, SaehookError
-from saehook.hooked_model import HookedModel
-from saehook.interventions import (
-    ERRORS,
-    MODES,
-    OPS,
-    UNITS,
-    VECTOR_OPS,
-    Edit,
-    Program,
-    VectorEdit,
+from saehook.edits import (
     ablate,
     add_vector,
     at_least,
@@ -41,6 +31,9 @@ from saehook.interventions import (
     swap,
     to_mean,
 )
+from saehook.errors import FormatError, SaehookError
+from saehook.hooked_model import HookedModel
+from saehook.interventions import ERRORS, MODES, OPS, UNITS, VECTOR_OPS, Edit, Program, VectorEdit
 from saehook.schedules import Schedule
 from saehook.where import Where, generation, matching, prompt, span, tokens
 

@@ -18,27 +18,9 @@ from transformers import LogitsProcessor
 
 from saehook.conditions import COMPARISONS, Comparison, Condition, latent
 from saehook.config import MaskRule
+from saehook.edits import ablate, add_vector, at_least, clamp, keep_only, project_out, resample, scale, steer, swap
 from saehook.errors import ArgumentError
-from saehook.interventions import (
-    NO_ACTIVE_ONLY,
-    NO_UNIT,
-    NO_VALUE,
-    OPS,
-    VECTOR_OPS,
-    Edit,
-    Program,
-    VectorEdit,
-    ablate,
-    add_vector,
-    at_least,
-    clamp,
-    keep_only,
-    project_out,
-    resample,
-    scale,
-    steer,
-    swap,
-)
+from saehook.interventions import NO_ACTIVE_ONLY, NO_UNIT, NO_VALUE, OPS, VECTOR_OPS, Edit, Program, VectorEdit
 from saehook.schedules import Schedule
 from saehook.where import Where, generation, matching
 

@@ -15,9 +15,10 @@ from saehook.checkpoint import load_sae, save_sae
 from saehook.cli import main
 from saehook.conditions import latent
 from saehook.config import SAEConfig, TopK
+from saehook.edits import ablate, clamp, keep_only, scale, steer
 from saehook.errors import ArgumentError, FileError, NoEffectWarning, SiteError
 from saehook.hooked_model import HookedModel
-from saehook.interventions import Program, VectorEdit, ablate, clamp, keep_only, scale, steer
+from saehook.interventions import Program, VectorEdit
 from saehook.program_file import load_program
 from saehook.replay import NEW_TOKENS, compare_files, program_file, replay, save_program
 from saehook.sae import SAE

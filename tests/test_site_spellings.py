@@ -12,9 +12,9 @@ from builders import ARCHITECTURES, build_lm, byte_tokenizer, random_ids, tiny_s
 from saehook.cli import main
 from saehook.config import TopK, TrainConfig
 from saehook.corpus import Document
+from saehook.edits import add_vector, steer
 from saehook.errors import ArgumentError, SiteError
 from saehook.hooked_model import HookedModel
-from saehook.interventions import add_vector, steer
 from saehook.site_spellings import TOOLS
 from saehook.sites import named_sites, resolve, same_site, spelling
 from saehook.training_run import train_saes

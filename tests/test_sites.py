@@ -11,9 +11,9 @@ import torch
 from builders import ARCHITECTURES, BOS, CONTEXT, LAYERS, build_lm, byte_tokenizer, identity_sae, random_ids, tiny_sae
 
 from saehook.editing import ReplaceAction
+from saehook.edits import scale, steer
 from saehook.errors import ShapeError, SiteError
 from saehook.hooked_model import HookedModel
-from saehook.interventions import scale, steer
 from saehook.sites import KINDS, named_sites, resolve, same_site
 from saehook.where import tokens
 

@@ -10,9 +10,10 @@ from builders import BOS, EOS, PAD, build_lm, byte_tokenizer, tiny_sae
 from transformers import AutoTokenizer
 
 import saehook
+from saehook.edits import steer
 from saehook.errors import ArgumentError, NoEffectWarning
 from saehook.hooked_model import HookedModel
-from saehook.interventions import Program, steer
+from saehook.interventions import Program
 from saehook.positions import Positions
 from saehook.row_text import RowText, spans
 from saehook.where import Where, matching, roles

@@ -136,12 +136,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _edits(arguments: argparse.Namespace) -> list[Any]:
     """The edits of --steer, --clamp, --scale, --ablate, --at-least, --at-most and --to-mean, in that order."""
-    from saehook import interventions as i
+    from saehook import edits as named
     from saehook.where import generation, prompt
 
     where = {"everywhere": None, "prompt": prompt(), "generation": generation()}[arguments.where]
-    makers = {"steer": i.steer, "clamp": i.clamp, "scale": i.scale, "ablate": i.ablate}
-    makers |= {"at-least": i.at_least, "at-most": i.at_most, "to-mean": i.to_mean}
+    makers = {"steer": named.steer, "clamp": named.clamp, "scale": named.scale, "ablate": named.ablate}
+    makers |= {"at-least": named.at_least, "at-most": named.at_most, "to-mean": named.to_mean}
     edits = []
     for name, make in makers.items():
         for text in getattr(arguments, name.replace("-", "_")):

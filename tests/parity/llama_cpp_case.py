@@ -6,8 +6,9 @@ from typing import Any
 
 from builders import build_lm, byte_tokenizer, random_ids, tiny_sae
 
+from saehook.edits import steer
 from saehook.hooked_model import HookedModel
-from saehook.interventions import Program, steer
+from saehook.interventions import Program
 from saehook.where import Where
 
 SITES = ("layers.1.resid_post", "layers.2.mlp_out")
