@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -313,6 +314,8 @@ class Gated:
 
 
 Method = Activation | MultiTopK | Matryoshka | Gated
+WEIGHTS, MOMENTS = ("float32", "bfloat16"), ("float32", "8-bit")
+"""How training may keep them; the first is usual."""
 METHODS: dict[str, type[Method]] = TRAINED | {"multitopk": MultiTopK, "matryoshka": Matryoshka, "gated": Gated}
 """Training methods by the names that are used in files and on the command line."""
 
@@ -321,6 +324,12 @@ def method_to_dict(method: Method) -> dict[str, Any]:
     """`Matryoshka(k=32)` as `{"name": "matryoshka", "k": 32, "fractions": [...]}`."""
     name = next(name for name, kind in METHODS.items() if type(method) is kind)
     return {"name": name, **dataclasses.asdict(method)}
+
+
+def group_ends(d_sae: int, fractions: Sequence[float]) -> tuple[int, ...]:
+    """Where groups end that are such shares of all latents."""
+    ends = [min(d_sae, round(d_sae * sum(fractions[: i + 1]))) for i in range(len(fractions))]
+    return (*ends[:-1], d_sae)
 
 
 PENALISED: frozenset[type[Method]] = frozenset({ReLU, JumpReLU, Gated})
@@ -418,6 +427,10 @@ class TrainConfig:
     """Size of the shuffled buffer of activations. Default: min(2**18, a quarter of `tokens`)."""
     seed: int = 0
     """Seed of initialisation and shuffling."""
+    weights: str = "float32"
+    """How both matrices are kept in training: float32, or bfloat16, rounded stochastically (Gupta et al. 2015)."""
+    moments: str = "float32"
+    """How Adam's moments of both matrices are kept: float32, or 8-bit, a byte a number (after Dettmers et al. 2022)."""
 
     def __post_init__(self) -> None:
         _positive(self, "d_sae", "tokens", "calibration_tokens")
@@ -447,6 +460,15 @@ class TrainConfig:
         if self.kl_tokens > self.tokens:
             raise ArgumentError(
                 f"kl_tokens = {self.kl_tokens:,} are the last of tokens = {self.tokens:,}, so at most as many."
+            )
+        for name, kept in (("weights", WEIGHTS), ("moments", MOMENTS)):
+            if getattr(self, name) not in kept:
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}; {' or '.join(kept)} is expected.")
+        if self.by_rows and (self.ema_decay or self.decoder_norm_penalty):
+            name = "ema_decay" if self.ema_decay else "decoder_norm_penalty"
+            raise ArgumentError(
+                f"{name} needs whole matrices in float32, which weights = {self.weights} with moments = {self.moments} are to "
+                "save. Leave one out."
             )
         if self.site_out == self.site:
             raise ArgumentError(f"site_out is {self.site_out}, as site is; leave it out to train an SAE.")
@@ -478,6 +500,16 @@ class TrainConfig:
     def k(self) -> int | None:
         """Latents per token of the topk and batchtopk kinds."""
         return getattr(self.activation, "k", None)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether memory is to be saved: weights or moments in fewer bits, and no gradient of a whole matrix."""
+        return (self.weights, self.moments) != (WEIGHTS[0], MOMENTS[0])
+
+    @property
+    def group_ends(self) -> tuple[int, ...]:
+        """Where each group of latents ends; all but a Matryoshka have one."""
+        return group_ends(self.d_sae, getattr(self.activation, "fractions", (1.0,)))
 
     @property
     def inference(self) -> Activation:

@@ -6,6 +6,7 @@ have) and sees some tokens of each batch. With one device every question has the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from saehook import kernels, losses, run_state
 from saehook.config import Activation, TrainConfig
-from saehook.initial_rows import unit_rows
 
 if TYPE_CHECKING:
     from saehook.sae import SAE
@@ -35,9 +35,9 @@ class OneDevice:
 
     # --- what is where -----------------------------------------------------------------------------------------------
 
-    def latents(self, d_sae: int) -> slice:
-        """Those of this device."""
-        return slice(0, d_sae)
+    def latents(self, ends: Sequence[int]) -> tuple[slice, ...]:
+        """Those of this device: a part of each group of latents that ends at one of the `ends`."""
+        return (slice(0, ends[-1]),)
 
     def tokens(self, batch: Tensor) -> Tensor:
         """Those of this device among the tokens [n, width] of a batch."""
@@ -47,23 +47,21 @@ class OneDevice:
         """Tokens of the batch on all devices, where `here` are on this one."""
         return here
 
-    def unit_rows(self, d_sae: int, width: int, generator: torch.Generator) -> Tensor:
-        """Those of this device of the random rows that an SAE begins with."""
-        return unit_rows(d_sae, width, generator)
-
-    def part_of(self, sae: SAE) -> SAE:
+    def part_of(self, sae: SAE, ends: Sequence[int]) -> SAE:
         """A whole SAE with the latents of this device only."""
         return sae
 
-    def whole(self, sae: SAE, activation: Activation, d_sae: int) -> SAE | None:
-        """The SAE of all latents, where `sae` has those here; on the main process, None on the others."""
+    def finished(self, sae: SAE, activation: Activation, ends: Sequence[int]) -> SAE:
+        """The SAE of all latents, where `sae` has those here: itself, or one that works together with the others."""
         return sae
 
     # --- one step, forward -------------------------------------------------------------------------------------------
 
-    def topk(self, pre_acts: Tensor, k: int, d_sae: int, *, descending: bool = False) -> kernels.Selection:
-        """The pairs here that are among the k largest of their token, of all `d_sae` latents; on request such that
-        `first_of_each_token` works."""
+    def topk(
+        self, pre_acts: Tensor, k: int, d_sae: int, widest: int | None = None, *, descending: bool = False
+    ) -> kernels.Selection:
+        """The pairs here that are among the k largest of their token, of all `d_sae` latents, of which a device has `widest` at
+        most (None: an equal share); on request such that `first_of_each_token` works."""
         return kernels.topk(pre_acts, k, descending=descending)
 
     def encode_topk(
@@ -75,9 +73,19 @@ class OneDevice:
         k: int,
         d_sae: int,
         scratch: kernels.Scratch | None,
+        *,
+        descending: bool = False,
     ) -> tuple[Tensor, kernels.Selection]:
         """The pairs that `topk` keeps, and their pre-activations [m]."""
-        return kernels.encode(x, W_enc, b_enc, center, lambda pre: self.topk(pre, k, d_sae), k=k, scratch=scratch)
+        if not kernels.some_at_a_time(len(x), W_enc):
+            pick = functools.partial(self.topk, k=k, d_sae=d_sae, descending=descending)
+            return kernels.encode(x, W_enc, b_enc, center, pick, k=k, scratch=scratch)
+        with torch.no_grad():
+            centred = x - center
+            largest = kernels.largest_of_each_token(centred, W_enc, b_enc, k)
+            tokens = torch.arange(len(x), device=x.device)[:, None].expand_as(largest.latents).reshape(-1)
+            pairs = kernels.Selection(tokens, largest.latents.reshape(-1), len(x), len(b_enc), order="token")
+        return kernels.selected(largest.values.reshape(-1), centred, W_enc, b_enc, center, pairs, scratch), pairs
 
     def first_of_each_token(
         self, selected: kernels.Selection, values: Tensor, k: int, of: int
@@ -85,9 +93,34 @@ class OneDevice:
         """The pairs, with their activations, that are among the k largest of their token, from those among the `of` largest."""
         return selected.first_of_each_token(k), values.view(-1, of)[:, :k].reshape(-1)
 
-    def batch_topk(self, pre_acts: Tensor, k: int, d_sae: int) -> kernels.Selection:
-        """The pairs here that are among the tokens x k largest of the batch, of all `d_sae` latents."""
+    def batch_topk(self, pre_acts: Tensor, k: int, ends: Sequence[int]) -> kernels.Selection:
+        """The pairs here that are among the tokens x k largest of the batch, of all latents."""
         return kernels.batch_topk(pre_acts, k)
+
+    def encode_batch_topk(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        center: Tensor,
+        k: int,
+        ends: Sequence[int],
+        scratch: kernels.Scratch | None,
+    ) -> tuple[Tensor, kernels.Selection]:
+        """The pairs that `batch_topk` keeps, and their pre-activations [m]."""
+        if not kernels.some_at_a_time(len(x), W_enc):
+            pick = functools.partial(self.batch_topk, k=k, ends=ends)
+            return kernels.encode(x, W_enc, b_enc, center, pick, k=k, scratch=scratch)
+        with torch.no_grad():
+            centred = x - center
+            found = kernels.largest_of_batch(centred, W_enc, b_enc, min(k, ends[-1]) * self.number(len(x)))
+            kept = self.kept_of_batch(found, k, ends, len(x))
+            pairs = kernels.Selection(found.tokens[kept], found.latents[kept], len(x), len(b_enc))
+        return kernels.selected(found.values[kept], centred, W_enc, b_enc, center, pairs, scratch), pairs
+
+    def kept_of_batch(self, found: kernels.Pairs, k: int, ends: Sequence[int], n_tokens: int) -> Tensor | slice:
+        """Which pairs, of the largest here, `batch_topk` keeps; of `n_tokens` here."""
+        return slice(None)
 
     def read_by_all(self, parameter: Tensor) -> Tensor:
         """The same; its gradient is the sum of those that the latents of all devices have for it."""
@@ -136,20 +169,16 @@ class OneDevice:
         """Whether it is true on all devices, element by element."""
         return x
 
-    def add_auxk_gradient(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        center: Tensor,
-        dead: Tensor,
-        k_aux: int,
-        coefficient: float,
-    ) -> Tensor:
-        """See `losses.add_auxk_gradient`; `dead` are those here."""
-        return losses.add_auxk_gradient(x, residual, W_enc, b_enc, W_dec, center, dead, k_aux, coefficient)
+    def shared_number(self, here: int) -> tuple[int, int]:
+        """Sum and maximum of a number of latents over the devices that have the other latents."""
+        return here, here
+
+    def sum_latents(self, part: Tensor, what: str) -> Tensor:
+        """As `add_latents`, in place and without gradients; `what` it is for."""
+        return part
+
+    def add_rows_(self, grad: Tensor) -> None:
+        """As `add_gradients`, for some rows of a gradient."""
 
     def add_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Bring the gradients of the other tokens in."""

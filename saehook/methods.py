@@ -23,6 +23,7 @@ from saehook.batches import InputFacts
 from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, MultiTopK, ReLU, SAEConfig, TopK, TrainConfig
 from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.errors import ArgumentError, ShapeError
+from saehook.initial_rows import indices, unit_rows
 from saehook.sae import SAE
 
 L1_START = 1e-3
@@ -56,7 +57,7 @@ class Method:
         self.sae = sae
         self.variance = variance
         self.devices = devices
-        self._no_center = torch.zeros(sae.d_in, device=sae.device, dtype=sae.dtype)
+        self._no_center = torch.zeros(sae.d_in, device=sae.device, dtype=sae.b_dec.dtype)
         self.parameters: dict[str, nn.Parameter] = dict(sae.named_parameters())
 
     def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
@@ -160,11 +161,18 @@ class TopKMethod(Method):
         return self.devices.squared_error(y, x_hat) / self.variance
 
     def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
-        sae, k = self.sae, self.k_at(step)
-        pre, selection = self.devices.encode_topk(x, sae.W_enc, sae.b_enc, self._center, k, self.config.d_sae, scratch)
-        values = pre.relu()
+        k = self.k_at(step)
+        values, selection = self._encode(x, k, scratch)
         x_hat = self._decode(values, selection, k, scratch) + self.offset(x)
         return Terms(self.error(y, x_hat), x_hat, self._fired(values, selection))
+
+    def _encode(
+        self, x: Tensor, k: int, scratch: kernels.Scratch | None, *, descending: bool = False
+    ) -> tuple[Tensor, kernels.Selection]:
+        """Activations of the k largest of each token, [m], and the pairs."""
+        weights = self.sae.W_enc, self.sae.b_enc, self._center
+        found, pairs = self.devices.encode_topk(x, *weights, k, self.config.d_sae, scratch, descending=descending)
+        return found.relu(), pairs
 
     def k_at(self, step: int) -> int:
         """k at this step: it falls linearly from d_in over `k_anneal_steps`."""
@@ -174,14 +182,6 @@ class TopKMethod(Method):
             return k
         start = max(k, min(self.sae.d_in, self.config.d_sae))
         return round(start + (k - start) * step / anneal)
-
-    def _encode(
-        self, x: Tensor, select: kernels.Select, k: int, scratch: kernels.Scratch | None
-    ) -> tuple[Tensor, kernels.Selection]:
-        """Activations of the selected pairs, [m], and the pairs."""
-        sae = self.sae
-        pre, selection = kernels.encode(x, sae.W_enc, sae.b_enc, self._center, select, k=k, scratch=scratch)
-        return pre.relu(), selection
 
     def _fired(self, values: Tensor, selection: kernels.Selection) -> Tensor:
         fired = torch.zeros(self.sae.d_sae, device=values.device)
@@ -195,8 +195,7 @@ class MultiTopKMethod(TopKMethod):
         method, k = self.config.activation, self.k_at(step)
         assert isinstance(method, MultiTopK)
         more = min(method.multiple * k, self.config.d_sae)
-        pick = functools.partial(self.devices.topk, k=more, d_sae=self.config.d_sae, descending=True)
-        values, selection = self._encode(x, pick, more, scratch)
+        values, selection = self._encode(x, more, scratch, descending=True)
         first, first_values = self.devices.first_of_each_token(selection, values, k, more)
         offset = self.offset(x)
         x_hat = self._decode(first_values, first, k) + offset
@@ -208,9 +207,15 @@ class MultiTopKMethod(TopKMethod):
 class BatchTopKMethod(TopKMethod):
     """BatchTopK (Bussmann et al. 2024): the tokens × k largest of the batch, by one exact cut."""
 
+    def _encode_batch(self, x: Tensor, k: int, scratch: kernels.Scratch | None) -> tuple[Tensor, kernels.Selection]:
+        """Activations of the largest of the batch, [m], and the pairs."""
+        weights = self.sae.W_enc, self.sae.b_enc, self._center
+        found, pairs = self.devices.encode_batch_topk(x, *weights, k, self.config.group_ends, scratch)
+        return found.relu(), pairs
+
     def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
         k = self.k_at(step)
-        values, selection = self._encode(x, lambda pre: self.devices.batch_topk(pre, k, self.config.d_sae), k, scratch)
+        values, selection = self._encode_batch(x, k, scratch)
         x_hat = self._decode(values, selection, k, scratch) + self.offset(x)
         return Terms(self.error(y, x_hat), x_hat, self._fired(values, selection), _smallest(values))
 
@@ -220,17 +225,13 @@ class MatryoshkaMethod(BatchTopKMethod):
 
     def __init__(self, config: TrainConfig, sae: SAE, variance: Tensor, devices: OneDevice = ONE_DEVICE) -> None:
         super().__init__(config, sae, variance, devices)
-        assert isinstance(config.activation, Matryoshka)
-        ends = torch.tensor(config.activation.fractions).double().cumsum(0) * config.d_sae
-        ends = ends.round().long().clamp(max=config.d_sae).to(sae.device)
-        ends[-1] = config.d_sae
-        rows = devices.latents(config.d_sae)
-        self.ends = ends.clamp(rows.start, rows.stop) - rows.start
+        latents = indices(devices.latents(config.group_ends)).to(sae.device)
+        self.ends = torch.searchsorted(latents, torch.tensor(config.group_ends, device=sae.device))
         """Where each group of latents ends, among those here."""
 
     def terms(self, x: Tensor, y: Tensor, step: int, scratch: kernels.Scratch | None = None) -> Terms:
         k = self.k_at(step)
-        values, selection = self._encode(x, lambda pre: self.devices.batch_topk(pre, k, self.config.d_sae), k, scratch)
+        values, selection = self._encode_batch(x, k, scratch)
         parts = self._decode(values, selection.by_group(self.ends), k, scratch)
         offset = self.offset(x).expand_as(y)
         prefixes = parts.view(len(x), len(self.ends), -1).cumsum(1) + offset[:, None]
@@ -406,22 +407,26 @@ def make_method(
         skip=config.skip,
     )
     generator = torch.Generator().manual_seed(config.seed)
+    rows = devices.latents(config.group_ends)
     sae = SAE(
-        of_size(sae_config, devices.latents(config.d_sae)),
+        of_size(sae_config, sum(some.stop - some.start for some in rows)),
         site=config.site,
         site_out=config.site_out,
-        draw=lambda width: devices.unit_rows(config.d_sae, width, generator),
+        draw=lambda width: unit_rows(config.d_sae, width, generator, rows),
     ).to(device)
     sae.b_dec.data.copy_(center)
     if target is not None:
         sae.b_enc.data = -(source.center @ sae.W_enc.detach())
     sae.W_enc.data = sae.W_enc.data.T.contiguous().T  # latent-major in memory: see kernels/sparse.py
+    if config.by_rows:
+        dtype = getattr(torch, config.weights)
+        sae.W_enc, sae.W_dec = (kernels.RowsParameter.of(matrix.to(dtype)) for matrix in (sae.W_enc, sae.W_dec))
     return METHODS[type(config.activation)](config, sae, (target or source).variance, devices)
 
 
-def of_size(config: SAEConfig, latents: slice) -> SAEConfig:
+def of_size(config: SAEConfig, d_sae: int) -> SAEConfig:
     """An SAE of some of the latents; the k of all of them says nothing about these, and is that of the config in training."""
-    d_sae, activation = latents.stop - latents.start, config.activation
+    activation = config.activation
     if isinstance(activation, (TopK, BatchTopK)):
         activation = dataclasses.replace(activation, k=min(activation.k, d_sae))
     return dataclasses.replace(config, d_sae=d_sae, activation=activation)

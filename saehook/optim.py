@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saehook.devices import ONE_DEVICE, OneDevice
+from saehook.kernels import RowsParameter
+from saehook.row_adam import RowAdam
 
 ROWS_AT_ONCE = 2048
 """Rows that are projected or normalised together: few enough to stay in a CPU's cache."""
@@ -64,11 +67,24 @@ class DecoderConstrainedAdam:
         clip_norm: float = 0.0,
         unit_rows: bool = True,
         devices: OneDevice = ONE_DEVICE,
+        latents: Tensor | None = None,
+        eight_bit: bool = False,
+        seed: int = 0,
     ) -> None:
-        """`parameters` by name; with `unit_rows` the one called `W_dec` is constrained. `clip_norm` 0 does not clip."""
+        """`parameters` by name; with `unit_rows` the one called `W_dec` is constrained. `clip_norm` 0 does not clip.
+
+        Matrices that are `RowsParameter`s are stepped by a `RowAdam`, for which `latents` are which of all latents are
+        here, `eight_bit` says how their moments are kept, and `seed` is of their rounding.
+        """
         self.devices = devices
-        self.parameters = dict(parameters)
-        self.W_dec = self.parameters["W_dec"] if unit_rows else None
+        rows = {name: p for name, p in parameters.items() if isinstance(p, RowsParameter)}
+        self.rows: RowAdam | None = None
+        if rows:
+            assert latents is not None
+            facts: dict[str, Any] = {"eight_bit": eight_bit, "seed": seed, "unit_rows": unit_rows, "devices": devices}
+            self.rows = RowAdam(rows, latents, beta1=beta1, eps=eps, **facts)
+        self.parameters = {name: p for name, p in parameters.items() if name not in rows}
+        self.W_dec = self.parameters["W_dec"] if unit_rows and not rows else None
         self.peak_lr = lr
         self.clip_norm = clip_norm
         self.steps, self.warmup_steps, self.decay_share = steps, warmup_steps, decay_share
@@ -98,9 +114,15 @@ class DecoderConstrainedAdam:
         if self.W_dec is not None and self.W_dec.grad is not None:
             remove_parallel_(self.W_dec.grad, self.W_dec)
         norm = self.devices.gradient_norm(self.parameters)
+        if self.rows is not None:
+            norm = (norm.square() + self.devices.sum_latents(self.rows.square(), "scalars")).sqrt()
         if self.clip_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, norm)
         taken = norm.isfinite() if allowed is None else norm.isfinite() & allowed
+        if self.rows is not None:
+            # First, since gradients may be made from the parameters; clipped as `clip_grads_with_norm_` does.
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1) if self.clip_norm > 0 else torch.ones_like(norm)
+            self.rows.step(self.lr, factor, taken)
         for name, stepped in self.stepped.items():
             grad = self.parameters[name].grad
             stepped.grad = grad if grad is None or stepped is self.parameters[name] else grad.T
@@ -120,10 +142,16 @@ class DecoderConstrainedAdam:
             f"{name}.{key}": value
             for name, stepped in self.stepped.items()
             for key, value in self.adam.state[stepped].items()
-        }
+        } | (self.rows.state() if self.rows is not None else {})
+
+    def release(self) -> None:
+        """Give the memory of a `RowAdam` back; no step can follow."""
+        self.rows = None
 
     def load_state(self, state: Mapping[str, Tensor], taken: int) -> None:
         """Go on from what `state` gave after `taken` steps."""
+        if self.rows is not None:
+            self.rows.load_state(state)
         for name, stepped in self.stepped.items():
             found = {key.rpartition(".")[2]: value for key, value in state.items() if key.rpartition(".")[0] == name}
             # Where nothing is found the parameter has had no gradient yet.

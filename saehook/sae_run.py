@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saehook import kernels
+from saehook.auxk import Weights, add_auxk_gradient
 from saehook.batches import Batch, InputFacts, Judged
 from saehook.config import BatchTopK, TrainConfig, activation_to_dict, method_to_dict
 from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.errors import TrainingError
+from saehook.initial_rows import indices
 from saehook.methods import Terms, make_method
 from saehook.optim import DecoderConstrainedAdam, normalize_rows_
 from saehook.sae import SAE
@@ -49,6 +51,8 @@ class SAERun:
         device = facts.center.device
         self.k_aux = config.k_aux or max(1, facts.center.numel() // 2)
         self.method = make_method(config, facts, target, devices)
+        self.latents = indices(devices.latents(config.group_ends)).to(device)
+        """Which of all latents are here, [d_sae of this device]."""
         self.sae = self.method.sae
         self.optimizer = DecoderConstrainedAdam(
             self.method.parameters,
@@ -61,6 +65,9 @@ class SAERun:
             clip_norm=config.clip_norm,
             unit_rows=self.method.unit_rows,
             devices=devices,
+            latents=self.latents,
+            eight_bit=config.moments == "8-bit",
+            seed=config.seed,
         )
         self.steps = 0
         self.tokens_since_fired = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
@@ -92,7 +99,8 @@ class SAERun:
         Raises:
             ShapeError, ArgumentError: it is not of the kind and size that the config asks for.
         """
-        self.method.start_from(self.devices.part_of(sae), self.facts.scale, self.target.scale)
+        part = self.devices.part_of(sae, self.config.group_ends)
+        self.method.start_from(part, self.facts.scale, self.target.scale)
         self.origin = {
             "site": sae.site,
             "activation": activation_to_dict(sae.config.activation),
@@ -157,8 +165,8 @@ class SAERun:
         sae, coefficient = self.sae, self.config.resolved_auxk_coefficient
         if coefficient == 0:
             return x.new_zeros(())
-        weights = sae.W_enc, sae.b_enc, sae.W_dec, self.method.center
-        return self.devices.add_auxk_gradient(x, residual, *weights, self.dead, self.k_aux, coefficient)
+        weights = Weights(sae.W_enc, sae.b_enc, sae.W_dec, self.method.center)
+        return add_auxk_gradient(x, residual, weights, self.dead, self.k_aux, coefficient, self.devices)
 
     @torch.no_grad()
     def _track_firing(self, terms: Terms, tokens: int) -> None:
@@ -298,6 +306,10 @@ class SAERun:
     def finish(self) -> SAE:
         """The SAE of raw activations: c·x ↦ c·x_hat becomes x ↦ x_hat, with latents in units of what is reconstructed."""
         sae, scale = self.sae, self.target.scale
+        if self.config.by_rows:
+            self.optimizer.release()
+            for name in ("W_enc", "W_dec"):
+                setattr(sae, name, nn.Parameter(getattr(sae, name).detach().float()))
         for name, average in self.averages.items():
             self.method.parameters[name].copy_(average / (1 - self.config.ema_decay**self.steps))
         if self.method.unit_rows:

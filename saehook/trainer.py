@@ -109,7 +109,7 @@ class Trainer:
 
         `resume` goes on from the newest checkpoint, with `batches` made anew: those that can say where they were
         (`harvest.Shuffled`) go on there, others are read again up to that place. On a CPU the result has the same bits
-        as that of a run that was never interrupted. Of several devices the main one returns the SAEs, the others nothing.
+        as that of a run that was never interrupted. On several devices the SAEs have some of the latents on each, and work where all call them.
 
         Warns (UserWarning) where the activations ended early, or where no token was left to calibrate a threshold.
 
@@ -141,11 +141,10 @@ class Trainer:
             )
         saes = [run.finish() for run in self.runs]
         self._calibrate(stream, saes)
-        whole = [
-            self.devices.whole(sae, config.inference, config.d_sae)
+        return [
+            self.devices.finished(sae, config.inference, config.group_ends)
             for sae, config in zip(saes, self.configs, strict=True)
         ]
-        return [sae for sae in whole if sae is not None]
 
     def _start(self, stream: Stream) -> list[SAERun]:
         if (available := stream.available(self.batch_tokens)) < self.batch_tokens:

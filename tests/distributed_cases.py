@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from saehook.batches import InputFacts
 from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, MultiTopK, ReLU, TopK, TrainConfig
 from saehook.devices import OneDevice
 from saehook.distributed import selection
-from saehook.distributed import shards as shards_module
 from saehook.distributed.mesh import Mesh
 from saehook.distributed.shards import LATENT_AXES, Shards
 from saehook.errors import TrainingError
-from saehook.losses import total_variance
+from saehook.initial_rows import indices
+from saehook.kernels import running
 from saehook.optim import DecoderConstrainedAdam
 from saehook.sae_run import SAERun
 
@@ -30,41 +30,18 @@ MeshOf = Callable[..., Mesh]
 class FirstOfEquals(OneDevice):
     """One device that keeps the first of equal pre-activations: the definition, by a stable sort of everything."""
 
-    def topk(self, pre_acts: Tensor, k: int, d_sae: int, *, descending: bool = False) -> kernels.Selection:
+    def topk(
+        self, pre_acts: Tensor, k: int, d_sae: int, widest: int | None = None, *, descending: bool = False
+    ) -> kernels.Selection:
         n = len(pre_acts)
         latents = pre_acts.sort(dim=1, descending=True, stable=True).indices[:, :k]
         tokens = torch.arange(n)[:, None].expand(n, k)
         return kernels.Selection(tokens.reshape(-1), latents.reshape(-1), n, d_sae, order="token")
 
-    def batch_topk(self, pre_acts: Tensor, k: int, d_sae: int) -> kernels.Selection:
+    def batch_topk(self, pre_acts: Tensor, k: int, ends: Sequence[int]) -> kernels.Selection:
+        d_sae = ends[-1]
         flat = pre_acts.reshape(-1).sort(descending=True, stable=True).indices[: k * len(pre_acts)]
         return kernels.Selection(flat // d_sae, flat % d_sae, len(pre_acts), d_sae)
-
-    def add_auxk_gradient(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        center: Tensor,
-        dead: Tensor,
-        k_aux: int,
-        coefficient: float,
-    ) -> Tensor:
-        parameters = W_enc, b_enc, W_dec, center
-        with torch.enable_grad():
-            W, b, D, c = (parameter.detach().clone().requires_grad_() for parameter in parameters)
-            pre = (x - c) @ W[:, dead] + b[dead]
-            order = pre.sort(dim=1, descending=True, stable=True).indices[:, :k_aux]
-            acts = torch.zeros_like(pre).scatter(1, order, pre.gather(1, order).relu())
-            loss = (acts @ D[dead] - residual).square().sum(-1).mean() / total_variance(residual)
-            (coefficient * loss).backward()
-        for parameter, copy in zip(parameters, (W, b, D, c), strict=True):
-            assert parameter.grad is not None
-            assert copy.grad is not None
-            parameter.grad += copy.grad
-        return loss.detach()
 
 
 # --- selection -------------------------------------------------------------------------------------------------------
@@ -97,7 +74,7 @@ def selects(mesh_of: MeshOf, data: int, latent: int) -> int:
     """Both rules against their definitions; the number of cases."""
     mesh = mesh_of(data, latent)
     shards, one = Shards(mesh), FirstOfEquals()
-    rows, cases = shards.latents(D_SAE), 0
+    rows, cases = indices(shards.latents((D_SAE,))), 0
     for dtype, seeds in ((torch.float32, range(5)), (torch.float64, (1,))):
         for seed in seeds:
             whole = pre_activations(seed, dtype)
@@ -109,8 +86,8 @@ def selects(mesh_of: MeshOf, data: int, latent: int) -> int:
                 for butterfly in ways:
                     found = selection.topk(laid_out, k, mesh, D_SAE, shards.widest(D_SAE), butterfly=butterfly)
                     assert torch.equal(kept(part.shape, found, part), expected), (dtype, seed, k, butterfly)
-                expected = shards.tokens(kept(whole.shape, one.batch_topk(whole, k, D_SAE), whole))[:, rows]
-                found = shards.batch_topk(laid_out, k, D_SAE)
+                expected = shards.tokens(kept(whole.shape, one.batch_topk(whole, k, (D_SAE,)), whole))[:, rows]
+                found = shards.batch_topk(laid_out, k, (D_SAE,))
                 assert torch.equal(kept(part.shape, found, part), expected), (dtype, seed, k)
                 cases += 1
     return cases
@@ -161,7 +138,7 @@ def tokens(n: int, seed: int) -> Tensor:
 def double_run(settings: TrainConfig, devices: OneDevice, facts: InputFacts) -> SAERun:
     """A run in float64. Latents of the last fifth cannot fire: with four devices one of them has nothing that is active."""
     run = SAERun(settings, "run", facts, devices=devices)
-    rows = devices.latents(settings.d_sae)
+    rows = run.latents
     with torch.no_grad():
         for parameter in run.method.parameters.values():
             parameter.data = parameter.data.double()
@@ -182,6 +159,9 @@ def double_run(settings: TrainConfig, devices: OneDevice, facts: InputFacts) -> 
         clip_norm=before.clip_norm,
         unit_rows=run.method.unit_rows,
         devices=devices,
+        latents=run.latents,
+        eight_bit=settings.moments == "8-bit",
+        seed=settings.seed,
     )
     return run
 
@@ -195,7 +175,7 @@ def assert_near(found: Tensor, expected: Tensor, what: Any, tolerance: float = 1
 
 def compare(run: SAERun, whole: SAERun, shards: Shards, what: Any, tolerance: float = 1e-12) -> None:
     """Parameters, gradients (as Adam has them), counters and thresholds of one device against the rows of the whole run."""
-    rows = shards.latents(whole.config.d_sae)
+    rows = run.latents
     found, _ = run.state()
     for name, expected in whole.state()[0].items():
         part, rest = name.split(".", 1)
@@ -208,7 +188,7 @@ def compare(run: SAERun, whole: SAERun, shards: Shards, what: Any, tolerance: fl
         if part == "optimizer":
             axis = None if rest.endswith(".step") or axis is None else 0
         if axis is not None:
-            expected = expected.narrow(axis, rows.start, rows.stop - rows.start)
+            expected = expected.index_select(axis, rows)
         assert_near(found[name].double(), expected.double(), (*what, name), tolerance)
 
 
@@ -248,11 +228,9 @@ def ties(mesh_of: MeshOf, data: int, latent: int) -> list[float]:
         both = []
         for devices in (shards, FirstOfEquals()):
             run = double_run(config(name), devices, facts)
-            run.sae.W_enc.data.copy_(W_enc[:, devices.latents(D_SAE)])
+            run.sae.W_enc.data.copy_(W_enc[:, run.latents])
             run.sae.b_enc.data.zero_()
-            run.tokens_since_fired[torch.arange(D_SAE)[devices.latents(D_SAE)] % 2 == 0] = (
-                10_000  # dead until they fire
-            )
+            run.tokens_since_fired[run.latents % 2 == 0] = 10_000  # dead until they fire
             run.step(batch)
             both.append(run)
         compare(both[0], both[1], shards, (name, "ties"))
@@ -287,21 +265,13 @@ def goes_wrong(mesh_of: MeshOf, data: int, latent: int) -> list[str]:
 
 
 def some_latents_at_a_time(mesh_of: MeshOf, data: int, latent: int) -> None:
-    """The same where the pre-activations of all latents are never there at once."""
-    usual, shards_module.DENSE_ENTRIES = shards_module.DENSE_ENTRIES, 5 * BATCH
+    """The same where the pre-activations of all latents are never there at once, by every method."""
+    usual, running.DENSE_ENTRIES = running.DENSE_ENTRIES, 5 * BATCH
     try:
-        steps(mesh_of, data, latent, ("topk", "topk, k above a shard"), 2)
-        mesh, draw = mesh_of(data, latent), torch.Generator().manual_seed(4)
-        W, x = (torch.randint(-1, 2, shape, generator=draw).double() for shape in ((D_IN, D_SAE), (BATCH, D_IN)))
-        rows = Shards(mesh).latents(D_SAE)
-        for k in (1, 17):
-            whole = selection.first_of_equals(x @ W[:, rows], k)
-            for at_once in (1, 5, 100):
-                found = selection.block_by_block(x, W[:, rows], torch.zeros(len(W[0, rows])).double(), k, at_once)
-                assert torch.equal(found.values, whole.values)
-                assert torch.equal(found.latents[whole.values > 0], whole.latents[whole.values > 0])
+        steps(mesh_of, data, latent, tuple(CONFIGS), 2)
+        ties(mesh_of, data, latent)
     finally:
-        shards_module.DENSE_ENTRIES = usual
+        running.DENSE_ENTRIES = usual
 
 
 def two_shards(mesh_of: MeshOf) -> None:

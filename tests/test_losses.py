@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saehook import losses
+from saehook.auxk import Weights, add_auxk_gradient
 
 
 def weights(d_in: int = 6, d_sae: int = 20, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,9 +51,7 @@ def auxk(
     """The loss; the gradients of four times it are left in the parameters, on top of ones."""
     for p in params:
         p.grad = torch.ones_like(p)
-    W_enc, b_enc, W_dec, b_dec = params
-    which = torch.tensor(dead, dtype=torch.int64)
-    return float(losses.add_auxk_gradient(x, residual, W_enc, b_enc, W_dec, b_dec, which, k_aux, 4.0))
+    return float(add_auxk_gradient(x, residual, Weights(*params), torch.tensor(dead, dtype=torch.int64), k_aux, 4.0))
 
 
 CASES = [([1, 4, 5, 17], 2), ([3], 5), (list(range(20)), 20), ([0, 19], 1)]

@@ -10,7 +10,7 @@ import datetime
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -226,6 +226,18 @@ class Mesh:
 def shares(n: int, parts: int) -> list[slice]:
     """0..n-1 in that many parts of neighbours, as equal as may be."""
     return [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+
+
+def stripes(ends: Sequence[int], parts: int, part: int) -> tuple[slice, ...]:
+    """One of so many parts of the latents 0..ends[-1]-1: an equal share of each group that ends at one of the `ends`, so that all
+    parts have as much to do in each."""
+    starts = (0, *ends[:-1])
+    runs = []
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        share = shares(end - start, parts)[(part + number) % parts]  # what does not divide goes to another one each time
+        if share.start < share.stop:
+            runs.append(slice(start + share.start, start + share.stop))
+    return tuple(runs)
 
 
 def nearest_sizes(n: int, parts: int) -> tuple[int, int]:

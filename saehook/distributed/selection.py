@@ -6,14 +6,12 @@ pre-activations is sent. What is not positive is left out: its activation is 0, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from saehook import kernels
 from saehook.distributed.mesh import Mesh
-from saehook.kernels import Selection
+from saehook.kernels import Largest, Pairs, Selection
+from saehook.kernels.running import first_of_equals
 
 BUTTERFLY_FROM = 8
 """Devices, a power of two, from which candidates are merged in pairs: log2(n) times k a token, not n - 1 times."""
@@ -31,49 +29,6 @@ def topk(pre_acts: Tensor, k: int, mesh: Mesh, d_sae: int, widest: int, *, butte
     largest = first_of_equals(pre_acts, min(k, widest))
     tokens, places = kept_of(largest, k, mesh, d_sae, widest, butterfly=butterfly)
     return Selection(tokens, largest.latents[tokens, places], *pre_acts.shape, order="token")
-
-
-class Largest(NamedTuple):
-    """Of each token the largest pre-activations here, the largest first, of equal ones the lower latent."""
-
-    values: Tensor
-    """[n, c]."""
-    latents: Tensor
-    """[n, c]."""
-
-
-def first_of_equals(pre_acts: Tensor, width: int) -> Largest:
-    """The `width` largest of each token, or all."""
-    n, here = pre_acts.shape
-    asked = min(width + 1, here)
-    if asked == 0:
-        return Largest(pre_acts, pre_acts.long())
-    # In the order of latents first, so that a stable sort keeps that among equals.
-    latents = kernels.topk(pre_acts, asked, descending=True).latents.view(n, asked).sort(1).values
-    values, order = pre_acts.gather(1, latents).sort(dim=1, descending=True, stable=True)
-    latents = latents.gather(1, order)
-    if asked > width:
-        # The one too many is equal to the last: which of all its equals were taken, `topk` leaves open.
-        rows = ((values[:, width - 1] == values[:, width]) & (values[:, width] > 0)).nonzero().view(-1)
-        if len(rows):
-            all_values, all_latents = pre_acts[rows].sort(dim=1, descending=True, stable=True)
-            values[rows], latents[rows] = all_values[:, :asked], all_latents[:, :asked]
-    return Largest(values[:, :width], latents[:, :width])
-
-
-def block_by_block(inputs: Tensor, W_enc: Tensor, b_enc: Tensor, width: int, latents_at_once: int) -> Largest:
-    """The same of `inputs` W_enc + b_enc, of which only some latents are there at a time."""
-    best = Largest(
-        inputs.new_empty(len(inputs), 0), torch.empty(len(inputs), 0, dtype=torch.long, device=inputs.device)
-    )
-    for first in range(0, len(b_enc), latents_at_once):
-        block = slice(first, first + latents_at_once)
-        new = first_of_equals(torch.addmm(b_enc[block], inputs, W_enc[:, block]), width)
-        values = torch.cat([best.values, new.values], 1)
-        latents = torch.cat([best.latents, new.latents + first], 1)
-        values, order = values.sort(dim=1, descending=True, stable=True)
-        best = Largest(values[:, :width], latents.gather(1, order)[:, :width])
-    return best
 
 
 def kept_of(
@@ -96,10 +51,6 @@ def kept_of(
     kept = (values > least) | (equal & (equal.cumsum(1) <= ties[:, None]))
     tokens, places = ((kept & (values > 0)) | values.isnan()).nonzero(as_tuple=True)
     return tokens, places
-
-
-def _pairs(pre_acts: Tensor, pairs: Tensor) -> Selection:
-    return Selection(pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), *pre_acts.shape, order="token")
 
 
 def _gathered(mine: Tensor, k: int, mesh: Mesh) -> tuple[Tensor, Tensor]:
@@ -133,27 +84,35 @@ def _butterfly(mine: Tensor, k: int, mesh: Mesh) -> tuple[Tensor, Tensor]:
     return least, _share(k - above, mesh.gather(ties.to(torch.int32), "latent", WHAT).long(), mesh)
 
 
-def batch_topk(pre_acts: Tensor, k: int, mesh: Mesh, d_sae: int, first_latent: int) -> Selection:
-    """The pairs here that are among the tokens x k largest of the whole batch, of `pre_acts` [n, latents here].
+def batch_topk(pre_acts: Tensor, k: int, mesh: Mesh, latents: Tensor, d_sae: int) -> Selection:
+    """The pairs here that are among the tokens x k largest of the whole batch, of `pre_acts` [n, latents here]; `latents` says
+    which these are among all `d_sae`."""
+    tokens, columns = (~(pre_acts <= 0)).nonzero(as_tuple=True)
+    found = Pairs(pre_acts[tokens, columns], tokens, columns)
+    kept = kept_of_batch(found, k, mesh, latents, d_sae, len(pre_acts))
+    return Selection(tokens[kept], columns[kept], *pre_acts.shape, order="token")
+
+
+def kept_of_batch(found: Pairs, k: int, mesh: Mesh, latents: Tensor, d_sae: int, n_tokens: int) -> Tensor:
+    """Which of the pairs here, bool [m], are among the tokens x k largest of the whole batch. `found` are those that are positive
+    here, or as many of the largest of them.
 
     The smallest that is kept is found byte by byte from histograms summed over all devices: 2 KiB for each byte.
     """
-    pairs = (~(pre_acts <= 0)).nonzero()
-    values = pre_acts[pairs[:, 0], pairs[:, 1]]
-    here = torch.tensor([len(pre_acts)], device=pre_acts.device)
-    tokens = mesh.gather(here, "data", WHAT).view(-1)
-    found = nth_largest(values, min(k, d_sae) * int(tokens.sum()), mesh, "all")
-    if found is not None:
-        least, wanted, ties = found
-        kept = (values > least) | values.isnan()
-        equal = values == least
-        if ties > wanted:
-            first_token = int(tokens[: mesh.places["data"]].sum())
-            places = (pairs[equal, 0] + first_token) * d_sae + pairs[equal, 1] + first_latent
-            lowest = torch.cat(mesh.gather_some(places.sort().values[:wanted], "all", WHAT)).sort().values
-            equal[equal.clone()] = places <= lowest[wanted - 1]
-        pairs = pairs[kept | equal]
-    return _pairs(pre_acts, pairs)
+    values = found.values
+    tokens = mesh.gather(torch.tensor([n_tokens], device=values.device), "data", WHAT).view(-1)
+    cut = nth_largest(values, min(k, d_sae) * int(tokens.sum()), mesh, "all")
+    if cut is None:
+        return torch.ones_like(values, dtype=torch.bool)
+    least, wanted, ties = cut
+    kept = (values > least) | values.isnan()
+    equal = values == least
+    if ties > wanted:
+        first_token = int(tokens[: mesh.places["data"]].sum())
+        places = (found.tokens[equal] + first_token) * d_sae + latents[found.latents[equal]]
+        lowest = torch.cat(mesh.gather_some(places.sort().values[:wanted], "all", WHAT)).sort().values
+        equal[equal.clone()] = places <= lowest[wanted - 1]
+    return kept | equal
 
 
 def nth_largest(values: Tensor, n: int, mesh: Mesh, axis: str) -> tuple[Tensor, int, int] | None:

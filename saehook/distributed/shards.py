@@ -7,6 +7,7 @@ batch the tokens of its place on the axis `data`. All are given the whole batch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,16 +20,15 @@ from torch import Tensor, nn
 from saehook import kernels
 from saehook.config import Activation, TopK, TrainConfig
 from saehook.devices import WHOLE_PARAMETERS, OneDevice
-from saehook.distributed import auxk, selection, state
+from saehook.distributed import selection, state
 from saehook.distributed.collectives import add, read
-from saehook.distributed.mesh import Mesh, nearest_sizes, shares
+from saehook.distributed.mesh import Mesh, nearest_sizes, shares, stripes
 from saehook.errors import ArgumentError, TrainingError
-from saehook.initial_rows import unit_rows
+from saehook.initial_rows import indices
+from saehook.kernels import running
 from saehook.methods import of_size
 from saehook.sae import SAE, LatentStats
 
-DENSE_ENTRIES = 2**27
-"""Pre-activations that a TopK holds at once, at most: 512 MiB in float32. Beyond that some latents are encoded at a time."""
 CHECKED_STEPS = 20
 """So often it is checked that all processes have been given the same batch."""
 LATENT_AXES = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0}
@@ -43,6 +43,7 @@ class Shards(OneDevice):
         self.is_main = mesh.rank == 0
         self._n_tokens = 0
         self._batches = 0
+        self._known_indices: dict[tuple[int, ...], Tensor] = {}
 
     def check(self, configs: Sequence[TrainConfig]) -> None:
         latent, data = self.mesh.sizes["latent"], self.mesh.sizes["data"]
@@ -62,8 +63,8 @@ class Shards(OneDevice):
 
     # --- what is where -----------------------------------------------------------------------------------------------
 
-    def latents(self, d_sae: int) -> slice:
-        return shares(d_sae, self.mesh.sizes["latent"])[self.mesh.places["latent"]]
+    def latents(self, ends: Sequence[int]) -> tuple[slice, ...]:
+        return stripes(ends, self.mesh.sizes["latent"], self.mesh.places["latent"])
 
     def widest(self, d_sae: int) -> int:
         """The most latents that a device has."""
@@ -91,20 +92,21 @@ class Shards(OneDevice):
     def number(self, here: int) -> int:
         return self._n_tokens
 
-    def unit_rows(self, d_sae: int, width: int, generator: torch.Generator) -> Tensor:
-        return unit_rows(d_sae, width, generator, self.latents(d_sae))
-
-    def part_of(self, sae: SAE) -> SAE:
-        rows = self.latents(sae.d_sae)
-        part = SAE(of_size(sae.config, rows), site=sae.site, site_out=sae.site_out, device="meta")
+    def part_of(self, sae: SAE, ends: Sequence[int]) -> SAE:
+        rows = self.latents(ends)
+        d_sae = sum(some.stop - some.start for some in rows)
+        part = SAE(of_size(sae.config, d_sae), site=sae.site, site_out=sae.site_out, device="meta")
         part.register_parameter("threshold", None)
         for name, parameter in sae.named_parameters():
             axis = LATENT_AXES.get(name)
             value = parameter.detach()
             if axis is not None and value.ndim > axis:
-                value = value.narrow(axis, rows.start, rows.stop - rows.start)
+                value = torch.cat([value.narrow(axis, some.start, some.stop - some.start) for some in rows], axis)
             setattr(part, name, nn.Parameter(value))
         return part
+
+    def finished(self, sae: SAE, activation: Activation, ends: Sequence[int]) -> SAE:
+        raise NotImplementedError
 
     def whole(self, sae: SAE, activation: Activation, d_sae: int) -> SAE | None:
         """Once all have given their parts nobody waits for the main process any more."""
@@ -133,8 +135,10 @@ class Shards(OneDevice):
 
     # --- one step, forward -------------------------------------------------------------------------------------------
 
-    def topk(self, pre_acts: Tensor, k: int, d_sae: int, *, descending: bool = False) -> kernels.Selection:
-        return selection.topk(pre_acts, k, self.mesh, d_sae, self.widest(d_sae))
+    def topk(
+        self, pre_acts: Tensor, k: int, d_sae: int, widest: int | None = None, *, descending: bool = False
+    ) -> kernels.Selection:
+        return selection.topk(pre_acts, k, self.mesh, d_sae, self.widest(d_sae) if widest is None else widest)
 
     def encode_topk(
         self,
@@ -145,19 +149,20 @@ class Shards(OneDevice):
         k: int,
         d_sae: int,
         scratch: kernels.Scratch | None,
+        *,
+        descending: bool = False,
     ) -> tuple[Tensor, kernels.Selection]:
-        n, here = len(x), len(b_enc)
-        if n * here <= DENSE_ENTRIES:
-            return super().encode_topk(x, W_enc, b_enc, center, k, d_sae, scratch)
+        # All take the same way: the shards differ by a latent.
         widest = self.widest(d_sae)
+        if not (isinstance(W_enc, kernels.RowsParameter) or running.too_many(len(x), widest)):
+            pick = functools.partial(self.topk, k=k, d_sae=d_sae)
+            return kernels.encode(x, W_enc, b_enc, center, pick, k=k, scratch=scratch)
         with torch.no_grad():
             centred = x - center
-            at_once = max(1, DENSE_ENTRIES // n)
-            largest = selection.block_by_block(centred, W_enc, b_enc, min(k, widest), at_once)
+            largest = kernels.largest_of_each_token(centred, W_enc, b_enc, min(k, widest))
             tokens, places = selection.kept_of(largest, k, self.mesh, d_sae, widest)
-            pairs = kernels.Selection(tokens, largest.latents[tokens, places], n, here, order="token")
-        values = largest.values[tokens, places]
-        return kernels.sparse.selected(values, centred, W_enc, b_enc, center, pairs, scratch), pairs
+            pairs = kernels.Selection(tokens, largest.latents[tokens, places], len(x), len(b_enc), order="token")
+        return kernels.selected(largest.values[tokens, places], centred, W_enc, b_enc, center, pairs, scratch), pairs
 
     def first_of_each_token(
         self, selected: kernels.Selection, values: Tensor, k: int, of: int
@@ -165,8 +170,18 @@ class Shards(OneDevice):
         some = selection.largest_pairs(selected, values.detach(), k, of, self.mesh)
         return selected.subset(some), values[some]
 
-    def batch_topk(self, pre_acts: Tensor, k: int, d_sae: int) -> kernels.Selection:
-        return selection.batch_topk(pre_acts, k, self.mesh, d_sae, self.latents(d_sae).start)
+    def batch_topk(self, pre_acts: Tensor, k: int, ends: Sequence[int]) -> kernels.Selection:
+        return selection.batch_topk(pre_acts, k, self.mesh, self._indices(ends), ends[-1])
+
+    def kept_of_batch(self, found: kernels.Pairs, k: int, ends: Sequence[int], n_tokens: int) -> Tensor:
+        return selection.kept_of_batch(found, k, self.mesh, self._indices(ends), ends[-1], n_tokens)
+
+    def _indices(self, ends: Sequence[int]) -> Tensor:
+        """Which of all latents are here."""
+        known = tuple(ends)
+        if known not in self._known_indices:
+            self._known_indices[known] = indices(self.latents(ends)).to(self.mesh.device)
+        return self._known_indices[known]
 
     def read_by_all(self, parameter: Tensor) -> Tensor:
         return read(parameter, self.mesh, "latent", "b_dec")
@@ -209,19 +224,15 @@ class Shards(OneDevice):
     def all(self, x: Tensor) -> Tensor:
         return self.mesh.reduce_(x.to(torch.int32), "all", "scalars", dist.ReduceOp.MIN).bool()
 
-    def add_auxk_gradient(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        center: Tensor,
-        dead: Tensor,
-        k_aux: int,
-        coefficient: float,
-    ) -> Tensor:
-        return auxk.add_auxk_gradient(self, x, residual, W_enc, b_enc, W_dec, center, dead, k_aux, coefficient)
+    def shared_number(self, here: int) -> tuple[int, int]:
+        found = self.mesh.gather(torch.tensor([here], device=self.mesh.device), "latent", "scalars").view(-1).tolist()
+        return sum(found), max(found)
+
+    def sum_latents(self, part: Tensor, what: str) -> Tensor:
+        return self.mesh.reduce_(part, "latent", what)
+
+    def add_rows_(self, grad: Tensor) -> None:
+        self.mesh.reduce_(grad, "data", "gradients")
 
     def add_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for parameter in parameters.values():
@@ -272,8 +283,7 @@ class Shards(OneDevice):
         return self.mesh.main_does(do)
 
     def save_state(self, folder: Path, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
-        sizes = [config["d_sae"] for config in data["configs"]]
-        return state.save(self.mesh, folder, step, tensors, data, sizes)
+        return state.save(self.mesh, folder, step, tensors, data)
 
     def load_state(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
         return state.load(self.mesh, folder)

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from saehook import run_state
-from saehook.distributed.mesh import Mesh, shares
+from saehook.config import group_ends
+from saehook.distributed.mesh import Mesh, stripes
+from saehook.initial_rows import indices
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -50,24 +52,21 @@ def _is_dead(name: str) -> bool:
     return name.startswith("runs.") and name.endswith(".run.dead")
 
 
-def save(
-    mesh: Mesh, folder: Path, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any], d_sae: Sequence[int]
-) -> Path:
-    """See `run_state.save_state`; `tensors` are those of this process, `d_sae` that of each run. Returns or raises the same on
-    all processes."""
-    tensors = dict(tensors)
+def save(mesh: Mesh, folder: Path, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
+    """See `run_state.save_state`; `tensors` are those of this process. Returns or raises the same on all processes."""
+    tensors, ends = dict(tensors), _group_ends(data)
     for name in filter(_is_dead, list(tensors)):
-        first = _rows(mesh, name, d_sae).start
-        tensors[name] = torch.cat(mesh.gather_some(tensors[name] + first, "latent", "checkpoint"))
-    shapes = {name: _whole_shape(name, x, d_sae) for name, x in tensors.items()}
+        here = indices(_rows(mesh, name, ends)).to(tensors[name].device)
+        tensors[name] = torch.cat(mesh.gather_some(here[tensors[name]], "latent", "checkpoint")).sort().values
+    pieces = {name: _piece(mesh, name, x, ends) for name, x in tensors.items()}
     begun = False
 
     def write(path: Path, _: Mapping[str, Tensor]) -> None:
         nonlocal begun
-        layout = _allocate(path, tensors, shapes)
+        layout = allocate(path, pieces)
         begun = True
         mesh.from_main((path, layout))
-        mesh.all_do(lambda: _fill(mesh, path, layout, tensors, shapes))
+        mesh.all_do(lambda: fill(mesh, path, layout, pieces))
 
     result: Any = None
     if mesh.rank == 0:
@@ -80,7 +79,7 @@ def save(
     elif (place := mesh.from_main(None)) is not None:
         path, offsets = place
         with contextlib.suppress(OSError):  # the main process says it
-            mesh.all_do(lambda: _fill(mesh, path, offsets, tensors, shapes))
+            mesh.all_do(lambda: fill(mesh, path, offsets, pieces))
     well, value = mesh.from_main(result)
     if not well:
         raise value
@@ -91,25 +90,45 @@ def _run_of(name: str) -> int:
     return int(name.split(".")[1])
 
 
-def _rows(mesh: Mesh, name: str, d_sae: Sequence[int]) -> slice:
-    return shares(d_sae[_run_of(name)], mesh.sizes["latent"])[mesh.places["latent"]]
+def _group_ends(data: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Where the groups of each run's latents end."""
+    return [
+        group_ends(config["d_sae"], config.get("activation", {}).get("fractions", (1.0,))) for config in data["configs"]
+    ]
 
 
-def _whole_shape(name: str, x: Tensor, d_sae: Sequence[int]) -> list[int]:
+def _rows(mesh: Mesh, name: str, ends: Sequence[Sequence[int]]) -> tuple[slice, ...]:
+    """The latents that this process has of the run that a tensor is of."""
+    return stripes(ends[_run_of(name)], mesh.sizes["latent"], mesh.places["latent"])
+
+
+class Piece(NamedTuple):
+    """What a process has of a tensor in a file."""
+
+    x: Tensor
+    shape: list[int]
+    """Of the whole."""
+    axis: int | None
+    """The dimension of which it has only the `rows`; None: every process has it whole."""
+    rows: Sequence[slice] = ()
+
+
+def _piece(mesh: Mesh, name: str, x: Tensor, ends: Sequence[Sequence[int]]) -> Piece:
     shape, axis = list(x.shape), latent_axis(name)
-    if axis is not None:
-        shape[axis] = d_sae[_run_of(name)]
-    return shape
+    if axis is None:
+        return Piece(x, shape, None)
+    shape[axis] = ends[_run_of(name)][-1]
+    return Piece(x, shape, axis, _rows(mesh, name, ends))
 
 
-def _allocate(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, int]:
+def allocate(path: Path, pieces: Mapping[str, Piece]) -> dict[str, int]:
     """A safetensors file of the right size, whose tensors are yet to be written; returns the offset of each."""
     header, offsets, end = {}, {}, 0
     # The widest first, so that each lies at a multiple of its width.
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-        x = tensors[name]
-        begin, end = end, end + math.prod(shapes[name]) * x.element_size()
-        header[name] = {"dtype": _NAMES[x.dtype], "shape": shapes[name], "data_offsets": [begin, end]}
+    for name in sorted(pieces, key=lambda name: (-pieces[name].x.element_size(), name)):
+        x, shape = pieces[name][:2]
+        begin, end = end, end + math.prod(shape) * x.element_size()
+        header[name] = {"dtype": _NAMES[x.dtype], "shape": shape, "data_offsets": [begin, end]}
         offsets[name] = begin
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -117,44 +136,43 @@ def _allocate(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, li
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
         # A full disk is said here; while a map is written it would be a signal.
-        allocate = getattr(os, "posix_fallocate", None)
-        allocate(file.fileno(), 0, 8 + len(text) + end) if allocate else file.truncate(8 + len(text) + end)
+        size = getattr(os, "posix_fallocate", None)
+        size(file.fileno(), 0, 8 + len(text) + end) if size else file.truncate(8 + len(text) + end)
     return {name: 8 + len(text) + begin for name, begin in offsets.items()}
 
 
-def _fill(
-    mesh: Mesh, path: Path, offsets: Mapping[str, int], tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]
-) -> None:
+def fill(mesh: Mesh, path: Path, offsets: Mapping[str, int], pieces: Mapping[str, Piece]) -> None:
     """Write what this process has: its latents, if it is the first of those that have them; the main one the rest."""
     file = np.memmap(path, dtype=np.uint8, mode="r+")
-    for name, x in tensors.items():
-        axis = latent_axis(name)
+    for name, (x, shape, axis, rows) in pieces.items():
         if x.numel() == 0 or (mesh.places["data"] if axis is not None else mesh.rank) > 0:
             continue
-        size = math.prod(shapes[name]) * x.element_size()
-        whole = torch.from_numpy(file[offsets[name] : offsets[name] + size]).view(x.dtype).view(shapes[name])
-        if axis is not None:
-            first = shares(shapes[name][axis], mesh.sizes["latent"])[mesh.places["latent"]].start
-            whole = whole.narrow(axis, first, x.shape[axis])
-        whole.copy_(x.detach())
+        size = math.prod(shape) * x.element_size()
+        whole = torch.from_numpy(file[offsets[name] : offsets[name] + size]).view(x.dtype).view(shape)
+        if axis is None:
+            whole.copy_(x.detach())
+            continue
+        first = 0
+        for some in rows:
+            n = some.stop - some.start
+            whole.narrow(axis, some.start, n).copy_(x.detach().narrow(axis, first, n))
+            first += n
     file.flush()
 
 
 def load(mesh: Mesh, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
     """See `run_state.load_state`; of what goes over latents those of this process."""
     data, path = mesh.main_does(lambda: run_state.find_state(folder))
-    d_sae = [config["d_sae"] for config in data["configs"]]
-    tensors = {}
+    ends, tensors = _group_ends(data), {}
     with safe_open(path / run_state.TENSORS, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (it is no dict)
             axis = latent_axis(name)
             if axis is not None:
-                rows = _rows(mesh, name, d_sae)
                 part = file.get_slice(name)
-                tensors[name] = part[rows] if axis == 0 else part[:, rows]
+                runs = _rows(mesh, name, ends)
+                tensors[name] = torch.cat([part[rows] if axis == 0 else part[:, rows] for rows in runs], axis)
                 continue
             tensors[name] = file.get_tensor(name)
             if _is_dead(name):
-                rows, dead = _rows(mesh, name, d_sae), tensors[name]
-                tensors[name] = dead[(dead >= rows.start) & (dead < rows.stop)] - rows.start
+                tensors[name] = torch.isin(indices(_rows(mesh, name, ends)), tensors[name]).nonzero().view(-1)
     return tensors, data, path

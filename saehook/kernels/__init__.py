@@ -3,8 +3,10 @@
 Where k latents a token are kept the choice is made from the sizes: sums over the selected pairs cost k / d_sae of a dense
 product each, but run slower per operation, so the sparse version is taken where d_sae >= 8 k. Where a penalty decides how
 many fire it is made in each step from their number; on a GPU, where that is not to be read, the dense version is taken
-always. At inference, `encode_topk` and `encode_above` keep only what fires, where an SAE is so wide that [tokens, d_sae]
-would fill the memory (`by_blocks`). The environment variable SAEHOOK_KERNELS=reference, sparse or dense overrides all.
+always. Where a step would hold too many pre-activations, or the weights are not to be there whole in float32, it encodes some
+latents at a time (`running`, `by_rows`). At inference, `encode_topk` and `encode_above` keep only what fires, where an SAE is so
+wide that [tokens, d_sae] would fill the memory (`by_blocks`). The environment variable SAEHOOK_KERNELS=reference, sparse or
+dense overrides all.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saehook.kernels import dense, product, reference, sparse
+from saehook.kernels import by_rows, dense, product, reference, running, sparse
 from saehook.kernels.blockwise import encode_above, encode_topk
+from saehook.kernels.by_rows import RowsParameter, add_product
 from saehook.kernels.device import queued
 from saehook.kernels.reference import Activated, Autoencoded, Encoded, Rule, Select
+from saehook.kernels.running import Largest, Pairs, largest_of_batch, largest_of_each_token
 from saehook.kernels.scratch import Scratch
 from saehook.kernels.selection import Selection, above, batch_topk, topk
 
@@ -28,10 +32,14 @@ __all__ = [
     "Activated",
     "Autoencoded",
     "Encoded",
+    "Largest",
+    "Pairs",
+    "RowsParameter",
     "Rule",
     "Scratch",
     "Select",
     "Selection",
+    "add_product",
     "autoencode",
     "batch_topk",
     "by_blocks",
@@ -41,7 +49,11 @@ __all__ = [
     "encode_above",
     "encode_topk",
     "is_wide",
+    "largest_of_batch",
+    "largest_of_each_token",
     "queued",
+    "selected",
+    "some_at_a_time",
     "topk",
 ]
 
@@ -80,6 +92,8 @@ def decode(values: Tensor, W_dec: Tensor, selection: Selection, *, k: int, scrat
 
     `scratch` gets W_dec's gradient in the backward pass, so give it to one call of a step only.
     """
+    if isinstance(W_dec, RowsParameter):
+        return by_rows.decode(values, W_dec, selection)
     if choose(selection.d_sae, k) == "reference":
         return reference.decode(values, W_dec, selection)
     return sparse.decode(values, W_dec, selection, scratch)
@@ -103,6 +117,8 @@ def autoencode(
     `scratch` gets the pre-activations, which must stay until the backward pass, and there the gradients of both matrices.
     """
     forced = _forced()
+    if isinstance(W_enc, RowsParameter) or (not forced and some_at_a_time(len(x), W_enc)):
+        return _autoencode_some_at_a_time(x, W_enc, b_enc, b_dec, W_dec, rule, per_latent, lower, scratch)
     if forced == "reference":
         return reference.autoencode(x, W_enc, b_enc, b_dec, W_dec, rule, per_latent)
     with torch.no_grad():
@@ -117,6 +133,56 @@ def autoencode(
         return dense.autoencode(by_latent, centred, W_enc, b_enc, b_dec, W_dec, rule, tuple(per_latent), scratch)
     _log_once("sparse", f"SAEHOOK_KERNELS={forced}" if forced else f"at most {SPARSE_SHARE:.1%} of the latents fire")
     return sparse.autoencode(by_latent, centred, W_enc, b_enc, b_dec, W_dec, rule, per_latent, selection, scratch)
+
+
+def some_at_a_time(n_tokens: int, W_enc: Tensor) -> bool:
+    """Whether a step encodes some latents at a time, so that never all pre-activations are there."""
+    return isinstance(W_enc, RowsParameter) or running.too_many(n_tokens, W_enc.shape[1])
+
+
+def selected(
+    values: Tensor,
+    centred: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    selection: Selection,
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """The pre-activations `values` [m] of pairs, however they were found, of `centred` = x - `b_dec`, with their gradients."""
+    if isinstance(W_enc, RowsParameter):
+        return by_rows.selected(values, centred, W_enc, b_enc, b_dec, selection)
+    return sparse.selected(values, centred, W_enc, b_enc, b_dec, selection, scratch)
+
+
+def _autoencode_some_at_a_time(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    W_dec: Tensor,
+    rule: Rule,
+    per_latent: Sequence[Tensor],
+    lower: Tensor,
+    scratch: Scratch | None,
+) -> Autoencoded:
+    with torch.no_grad():
+        centred = x - b_dec
+        most = min(int(SPARSE_SHARE * len(x) * len(b_enc)), running.DENSE_ENTRIES // 4)
+        found = None if queued(x.device) else running.above(centred, W_enc, b_enc, lower, most)
+    if found is None:
+        return by_rows.autoencode(centred, W_enc, b_enc, b_dec, W_dec, rule, per_latent)
+    values, pairs = found
+    pre = selected(values, centred, W_enc, b_enc, b_dec, pairs, scratch)
+    acts, cost, frozen = rule(pre, *(numbers.index_select(0, pairs.latents) for numbers in per_latent))
+    fired = torch.zeros(len(b_enc), device=x.device).index_add_(0, pairs.latents, (acts.detach() > 0).float())
+    fixed = None
+    if frozen is not None:
+        rows = isinstance(W_dec, RowsParameter)
+        fixed = (
+            by_rows.decode(frozen, W_dec, pairs, frozen=True) if rows else sparse.decode(frozen, W_dec.detach(), pairs)
+        )
+    return Autoencoded(decode(acts, W_dec, pairs, k=1, scratch=scratch), cost.sum(), fired, fixed)
 
 
 def choose(d_sae: int, k: int) -> str:

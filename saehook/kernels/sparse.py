@@ -90,7 +90,7 @@ def autoencode(
     )
 
 
-def _sum_rows(matrix: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+def sum_rows(matrix: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """Row i: Σ weights[j] · matrix[indices[j]] over offsets[i] <= j < offsets[i + 1]."""
     return F.embedding_bag(indices, matrix, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
@@ -140,7 +140,7 @@ class _Encode(torch.autograd.Function):
         tokens, grad = selection.tokens[order], grad[order]
         d_rows = take(ctx.scratch, "W_enc", (W_enc.shape[1], W_enc.shape[0]), centred)
         for latents, pairs, starts in _blocks(offsets):
-            d_rows[latents] = _sum_rows(centred, tokens[pairs], starts, grad[pairs])
+            d_rows[latents] = sum_rows(centred, tokens[pairs], starts, grad[pairs])
         return None, None, d_rows.T, d_b_enc, -(W_enc @ d_b_enc), None, None
 
 
@@ -151,7 +151,7 @@ class _Decode(torch.autograd.Function):
         ctx.selection, ctx.scratch = selection, scratch
         values, selection = _without_zeros(values, selection)
         order, offsets = selection.by_token
-        return _sum_rows(W_dec, selection.latents[order], offsets, values[order])
+        return sum_rows(W_dec, selection.latents[order], offsets, values[order])
 
     @staticmethod
     @once_differentiable
@@ -166,7 +166,7 @@ class _Decode(torch.autograd.Function):
         for latents, pairs, starts in _blocks(offsets):
             some = values[pairs].detach().requires_grad_()
             with torch.enable_grad():
-                rows = _sum_rows(grad, tokens[pairs], starts, some)
+                rows = sum_rows(grad, tokens[pairs], starts, some)
             (d_values[pairs],) = torch.autograd.grad(rows, some, W_dec[latents])
             if d_W_dec is not None:
                 d_W_dec[latents] = rows.detach()

@@ -1,0 +1,317 @@
+"""A step whose weights are read some latents at a time and whose gradients are never whole: for SAEs of which a device can hold
+the weights, and little else.
+
+The matrices are `RowsParameter`s: what a backward pass finds out is left in their `pending`, as lists of pairs from which an
+optimiser makes the rows of the gradient when it comes to them (`row_adam`). They may be in bfloat16; all arithmetic is in the
+dtype of the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from saehook.kernels.product import mm
+from saehook.kernels.reference import Autoencoded, Rule
+from saehook.kernels.running import encode_block
+from saehook.kernels.selection import Selection
+from saehook.kernels.sparse import sum_rows
+
+WEIGHTS_AT_ONCE = 2**22
+"""Numbers of a matrix that are there in the dtype of the tokens at once, at most: 16 MiB in float32."""
+ACTS_AT_ONCE = 2**24
+"""Pre-activations in a block of `autoencode`, at most."""
+
+
+class RowGradient(Protocol):
+    """A part of the gradient of a matrix with a row for each latent."""
+
+    def add_to(self, rows: Tensor, latents: slice) -> None:
+        """Add the rows of some latents to `rows` [latents, d]."""
+        ...
+
+
+class RowsParameter(nn.Parameter):
+    """A matrix with a row or, as W_enc, a column for each latent, whose gradient is what stands in `pending`."""
+
+    pending: list[RowGradient]
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> RowsParameter:
+        """On the memory of `matrix`, with no gradient yet."""
+        made = cls(matrix.detach())  # pyright: ignore[reportCallIssue]
+        made.pending = []
+        return made
+
+
+class RowSums(NamedTuple):
+    """Row i: Σ weight · source[token] over the pairs of latent i."""
+
+    source: Tensor
+    """[n_tokens, d]."""
+    tokens: Tensor
+    """[m], of the pairs in the order of their latents."""
+    weights: Tensor
+    """[m]."""
+    offsets: Tensor
+    """Where each latent's pairs begin, [latents + 1], on the host."""
+
+    @classmethod
+    def of(cls, source: Tensor, selection: Selection, weights: Tensor) -> RowSums:
+        """`weights` [m] of the pairs in the order of the selection; those that weigh nothing are left out."""
+        order, offsets = selection.by_latent
+        return cls(source, selection.tokens[order], weights[order], offsets.cpu())
+
+    def add_to(self, rows: Tensor, latents: slice) -> None:
+        first, last = int(self.offsets[latents.start]), int(self.offsets[latents.stop])
+        if first < last:
+            starts = (self.offsets[latents.start : latents.stop + 1] - first).to(rows.device)
+            rows += sum_rows(self.source, self.tokens[first:last], starts, self.weights[first:last])
+
+
+def row_blocks(d_sae: int, width: int) -> Iterator[slice]:
+    """Latents whose rows are there together."""
+    size = max(1, WEIGHTS_AT_ONCE // max(1, width))
+    return (slice(first, min(first + size, d_sae)) for first in range(0, d_sae, size))
+
+
+def selected(
+    values: Tensor, centred: Tensor, W_enc: RowsParameter, b_enc: Tensor, b_dec: Tensor, selection: Selection
+) -> Tensor:
+    """As `sparse.selected`."""
+    return _Encode.apply(values, centred, W_enc, b_enc, b_dec, selection)
+
+
+def decode(values: Tensor, W_dec: Tensor, selection: Selection, *, frozen: bool = False) -> Tensor:
+    """As `sparse.decode`; with `frozen` the matrix gets no gradient."""
+    return _Decode.apply(values, W_dec, selection, frozen)
+
+
+def add_product(
+    parameter: Tensor, latents: Tensor, by_latent: Tensor, source: Tensor, *, columns: bool = False
+) -> None:
+    """Add `by_latent` [some, n] @ `source` [n, d] to the gradient of the rows `latents` [some], ascending, of a matrix with a row
+    for each latent; `columns`: of W_enc, which has columns."""
+    if isinstance(parameter, RowsParameter):
+        places, tokens = by_latent.nonzero(as_tuple=True)
+        pairs = Selection(tokens, latents[places], len(source), parameter.shape[columns], order="latent")
+        parameter.pending.append(RowSums.of(source, pairs, by_latent[places, tokens]))
+        return
+    assert parameter.grad is not None
+    grad = parameter.grad.T if columns else parameter.grad
+    grad.index_add_(0, latents, mm(by_latent, source))
+
+
+def _product(W_enc: Tensor, d_b_enc: Tensor) -> Tensor:
+    """W_enc @ d_b_enc, some columns at a time."""
+    total = d_b_enc.new_zeros(len(W_enc))
+    for block in row_blocks(len(d_b_enc), len(W_enc)):
+        total += W_enc[:, block].to(d_b_enc.dtype) @ d_b_enc[block]
+    return total
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        centred: Tensor,
+        W_enc: RowsParameter,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        selection: Selection,
+    ) -> Tensor:
+        ctx.centred, ctx.W_enc, ctx.selection = centred, W_enc, selection
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        W_enc, selection = ctx.W_enc, ctx.selection
+        d_b_enc = grad.new_zeros(W_enc.shape[1]).index_add_(0, selection.latents, grad)
+        W_enc.pending.append(RowSums.of(ctx.centred, selection, grad))
+        return None, None, None, d_b_enc, -_product(W_enc.detach(), d_b_enc), None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, selection: Selection, frozen: bool) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.W_dec, ctx.selection, ctx.frozen = W_dec, selection, frozen
+        found = values.new_zeros(selection.n_tokens, W_dec.shape[1])
+        for block, some, rows in _pairs_of_blocks(W_dec, selection, values):
+            pairs = Selection(selection.tokens[some], selection.latents[some] - block.start, len(found), len(rows))
+            order, offsets = pairs.by_token
+            found += sum_rows(rows, pairs.latents[order], offsets, values[some][order])
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (values,) = ctx.saved_tensors
+        W_dec, selection, grad = ctx.W_dec, ctx.selection, grad.contiguous()
+        d_values = torch.empty_like(values)
+        for block, some, rows in _pairs_of_blocks(W_dec, selection, values):
+            pairs = Selection(selection.tokens[some], selection.latents[some] - block.start, len(grad), len(rows))
+            order, offsets = pairs.by_latent
+            # What differentiates Σ value · grad[token] for a value, when its gradient is W_dec: see `sparse._Decode`.
+            weights = values[some][order].detach().requires_grad_()
+            with torch.enable_grad():
+                summed = sum_rows(grad, pairs.tokens[order], offsets, weights)
+            (found,) = torch.autograd.grad(summed, weights, rows)
+            d_values[some] = (
+                torch.empty_like(found).index_copy_(0, order, found) if not isinstance(order, slice) else found
+            )
+        if not ctx.frozen:
+            W_dec.pending.append(RowSums.of(grad, selection, values))
+        return d_values, None, None, None
+
+
+def _pairs_of_blocks(W: Tensor, selection: Selection, like: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Blocks of latents, the indices of their pairs, and their rows of `W` [d_sae, d]."""
+    order, offsets = selection.by_latent
+    starts = offsets.tolist()
+    every = torch.arange(len(selection.latents), device=like.device)[order]
+    for block in row_blocks(len(W), W.shape[1]):
+        first, last = starts[block.start], starts[block.stop]
+        if first < last:
+            yield block, every[first:last], W.detach()[block].to(like.dtype)
+
+
+# --- many latents fire ------------------------------------------------------------------------------------------------
+
+
+def autoencode(
+    centred: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    W_dec: Tensor,
+    rule: Rule,
+    per_latent: Sequence[Tensor],
+) -> Autoencoded:
+    """As `dense.autoencode`, with the pre-activations of each block made again in the backward pass instead of kept."""
+    return Autoencoded(*_Again.apply(centred, W_enc, b_enc, b_dec, W_dec, rule, *per_latent))
+
+
+class _Again(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        centred: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        W_dec: Tensor,
+        rule: Rule,
+        *per_latent: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        step = _Step(centred, W_enc.detach(), b_enc.detach(), W_dec.detach(), rule, [p.detach() for p in per_latent])
+        ctx.step, ctx.matrices = step, (W_enc, W_dec)
+        decoded, total_cost = centred.new_zeros(len(centred), W_dec.shape[1]), centred.new_zeros(())
+        fired = torch.zeros(len(b_enc), device=centred.device)
+        total_frozen = None
+        for block in step.blocks():
+            acts, cost, frozen = rule(step.pre_acts(block), *(p[block, None] for p in step.per_latent))
+            rows = W_dec[block].to(centred.dtype)
+            decoded += mm(acts.T, rows)
+            total_cost += cost.sum()
+            fired[block] = (acts > 0).sum(1, dtype=torch.float32)
+            if frozen is not None:
+                total_frozen = torch.zeros_like(decoded) if total_frozen is None else total_frozen
+                total_frozen += mm(frozen.T, rows)
+        ctx.mark_non_differentiable(fired)
+        return decoded, total_cost, fired, total_frozen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        step, (W_enc, W_dec) = ctx.step, ctx.matrices
+        step.d_decoded, step.d_cost, _, step.d_frozen = grads
+        whole = not isinstance(W_enc, RowsParameter)
+        d_W_enc = torch.empty_like(W_enc.T, memory_format=torch.contiguous_format) if whole else None
+        d_W_dec = torch.empty_like(W_dec) if whole else None
+        d_b_enc = torch.empty_like(step.b_enc)
+        d_per_latent = [torch.empty_like(p) for p in step.per_latent]
+        for block in step.blocks():
+            found = step.gradients(block)
+            if d_W_enc is not None and d_W_dec is not None:
+                d_W_enc[block], d_W_dec[block] = found.W_enc, found.W_dec
+            d_b_enc[block] = found.b_enc
+            for all_of_them, part in zip(d_per_latent, found.per_latent, strict=True):
+                all_of_them[block] = part
+        if not whole:
+            W_enc.pending.append(_Part(step, "W_enc"))
+            W_dec.pending.append(_Part(step, "W_dec"))
+        d_b_dec = -_product(step.W_enc, d_b_enc)
+        return None, None if d_W_enc is None else d_W_enc.T, d_b_enc, d_b_dec, d_W_dec, None, *d_per_latent
+
+
+class _Gradients(NamedTuple):
+    """Of some latents."""
+
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    per_latent: list[Tensor]
+
+
+class _Step:
+    """What the gradients of any block of latents can be made from."""
+
+    def __init__(
+        self, centred: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, rule: Rule, per_latent: list[Tensor]
+    ) -> None:
+        self.centred, self.W_enc, self.b_enc, self.W_dec = centred, W_enc, b_enc, W_dec
+        self.rule, self.per_latent = rule, per_latent
+        self.d_decoded: Tensor | None = None
+        self.d_cost: Tensor | None = None
+        self.d_frozen: Tensor | None = None
+        self._last: tuple[slice, _Gradients] | None = None
+
+    def blocks(self) -> Iterator[slice]:
+        d_sae, n = len(self.b_enc), max(1, len(self.centred))
+        size = max(1, min(WEIGHTS_AT_ONCE // max(1, self.W_dec.shape[1]), ACTS_AT_ONCE // n))
+        return (slice(first, min(first + size, d_sae)) for first in range(0, d_sae, size))
+
+    def pre_acts(self, block: slice) -> Tensor:
+        """[latents, n]."""
+        return encode_block(self.centred, self.W_enc, self.b_enc, block).T.to(self.centred.dtype)
+
+    def gradients(self, block: slice) -> _Gradients:
+        """Of one block; the last is remembered, since both matrices ask for it."""
+        if self._last is not None and self._last[0] == block:
+            return self._last[1]
+        assert self.d_decoded is not None
+        rows = self.W_dec[block].to(self.centred.dtype)
+        with torch.enable_grad():
+            pre = self.pre_acts(block).detach().requires_grad_()
+            numbers = [p[block].detach().requires_grad_() for p in self.per_latent]
+            acts, cost, frozen = self.rule(pre, *(p[:, None] for p in numbers))
+            outputs = [acts, cost.sum()] + ([] if frozen is None else [frozen])
+        d_outputs = [mm(rows, self.d_decoded.T), self.d_cost]
+        if frozen is not None:
+            assert self.d_frozen is not None
+            d_outputs.append(mm(rows, self.d_frozen.T))
+        d_pre, *d_numbers = torch.autograd.grad(outputs, [pre, *numbers], d_outputs)
+        found = _Gradients(mm(d_pre, self.centred), mm(acts.detach(), self.d_decoded), d_pre.sum(1), d_numbers)
+        self._last = block, found
+        return found
+
+
+class _Part(NamedTuple):
+    """The gradient of one of both matrices, made again."""
+
+    step: _Step
+    name: str
+
+    def add_to(self, rows: Tensor, latents: slice) -> None:
+        for block in self.step.blocks():
+            first, last = max(block.start, latents.start), min(block.stop, latents.stop)
+            if first < last:
+                found = getattr(self.step.gradients(block), self.name)
+                rows[first - latents.start : last - latents.start] += found[first - block.start : last - block.start]

@@ -1,0 +1,112 @@
+"""Training that keeps weights and moments in fewer bits and never holds a gradient of a whole matrix: against the usual step, and
+against its curves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from distributed_cases import CONFIGS, SITE, assert_near, config, double_run, tokens
+from planted import planted
+
+from saehook import kernels
+from saehook.batches import InputFacts
+from saehook.config import BatchTopK, JumpReLU, TopK, TrainConfig
+from saehook.devices import OneDevice
+from saehook.errors import ArgumentError
+from saehook.kernels import by_rows, running
+from saehook.sae_run import SAERun
+from saehook.trainer import Trainer
+
+METHODS = [name for name in CONFIGS if not {"ema_decay", "decoder_norm_penalty"} & set(CONFIGS[name])]
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_steps_by_rows_are_the_usual_steps(name, many, monkeypatch):
+    """In float64, with small blocks of latents; with `many` the latents that fire are too many for lists of them."""
+    monkeypatch.setattr(by_rows, "WEIGHTS_AT_ONCE", 60)  # five rows
+    monkeypatch.setattr(running, "DENSE_ENTRIES", 7 * 54)
+    monkeypatch.setattr(kernels, "SPARSE_SHARE", 0.0 if many else 1.0)
+    settings = config(name)
+    object.__setattr__(settings, "moments", "whole")  # by rows, with nothing rounded
+    facts = InputFacts.measure(tokens(500, 0), SITE)
+    a, b = (double_run(each, OneDevice(), facts) for each in (config(name), settings))
+    assert b.optimizer.rows is not None
+    for step in range(3):
+        batch = {SITE: tokens(54, 100 + step)}
+        with monkeypatch.context() as m:
+            m.setattr(running, "DENSE_ENTRIES", 2**27)
+            m.setattr(kernels, "SPARSE_SHARE", 1 / 16)
+            a.step(batch)
+        b.step(batch)
+        assert_near(b.optimizer.state()["W_enc.exp_avg"], a.optimizer.state()["W_enc.exp_avg"], (name, step), 1e-9)
+        for key, p in a.method.parameters.items():
+            assert_near(b.method.parameters[key], p, (name, step, key), 1e-12 if step == 0 else 1e-9)
+        found, expected = b.read_metrics(), a.read_metrics()
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-11)
+    if "auxk" in name:
+        assert b.metrics["auxk"] > 0
+
+
+def test_nothing_changes_where_something_is_not_finite():
+    settings = config("topk, auxk", weights="bfloat16", moments="8-bit")
+    run = SAERun(settings, "run", InputFacts.measure(tokens(500, 0).float(), SITE))
+    run.step({SITE: tokens(54, 1).float()})
+    before = {name: x.clone() for name, x in run.state()[0].items() if not name.startswith(("run.bad", "sums"))}
+    wrong = tokens(54, 2).float()
+    wrong[3, 0] = torch.nan
+    run.step({SITE: wrong})
+    for name, x in before.items():
+        if name != "run.dead":
+            assert torch.equal(run.state()[0][name], x), name
+    assert all(not p.pending for p in run.method.parameters.values() if isinstance(p, kernels.RowsParameter))
+
+
+def test_what_is_kept_is_as_small_as_it_says():
+    settings: dict[str, Any] = {"site": "s", "activation": TopK(k=4), "d_sae": 64, "tokens": 1000}
+    x = torch.randn(300, 512)
+    held = {}
+    for weights, moments in (("float32", "float32"), ("bfloat16", "float32"), ("float32", "8-bit"), ("bfloat16", "8-bit")):
+        run = SAERun(TrainConfig(weights=weights, moments=moments, **settings), "run", InputFacts.measure(x, "s"))
+        run.step({"s": x})
+        tensors = run.state()[0]
+        named = [t.nbytes for name, t in tensors.items() if name.split(".")[1] in ("W_enc", "W_dec") and "step" not in name]
+        held[weights, moments] = sum(named) / (2 * 512 * 64)
+    assert held["float32", "float32"] == 12
+    assert held["bfloat16", "float32"] == 10
+    assert held["float32", "8-bit"] == 6 + 2 * 4 / 256
+    assert held["bfloat16", "8-bit"] == 4 + 2 * 4 / 256
+
+
+def test_settings_that_do_not_go_together():
+    for wrong in ({"weights": "float16"}, {"moments": "4-bit"}, {"weights": "bfloat16", "ema_decay": 0.9}):
+        with pytest.raises(ArgumentError):
+            config("topk", **wrong)
+    with pytest.raises(ArgumentError, match="decoder_norm_penalty needs whole matrices"):
+        config("relu, decoder norm", moments="8-bit")
+
+
+CURVES = {"topk": TopK(k=4), "batchtopk": BatchTopK(k=4), "jumprelu": JumpReLU()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CURVES)
+def test_fewer_bits_reach_the_curve_of_float32(name):
+    """The last FVU of a training within 1 % of the one in float32, with each option and both."""
+    x = planted(110_000)[0]
+    method = CURVES[name]
+    target = {"target_l0": 4.0} if isinstance(method, JumpReLU) else {}
+    found = {}
+    for weights, moments in (("float32", "float32"), ("bfloat16", "float32"), ("float32", "8-bit"), ("bfloat16", "8-bit")):
+        settings = TrainConfig(
+            site="s", activation=method, d_sae=64, tokens=100_000, batch_tokens=100, calibration_tokens=1000,
+            weights=weights, moments=moments, **target,
+        )  # fmt: skip
+        trainer = Trainer([settings], iter(x.split(1000)), d_in=x.shape[1], progress=False)
+        trainer.fit()
+        found[weights, moments] = trainer.runs[0].metrics["fvu"]
+    full = found["float32", "float32"]
+    for kept, fvu in found.items():
+        assert fvu == pytest.approx(full, rel=0.01), (kept, found)
