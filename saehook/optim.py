@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saehook import kernels
 from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.kernels import RowsParameter
 from saehook.row_adam import RowAdam
@@ -31,6 +32,8 @@ def lr_factor(step: int, steps: int, *, warmup_steps: int, decay_share: float) -
 @torch.no_grad()
 def remove_parallel_(grad: Tensor, rows: Tensor) -> None:
     """Take from each row of `grad` [n, d] its component along the unit vector in that row of `rows`, in place."""
+    if kernels.uses_triton(rows.device):
+        return kernels.remove_parallel_(grad, rows)
     for g, unit in zip(grad.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE), strict=True):
         g.addcmul_(unit, (g * unit).sum(-1, keepdim=True), value=-1)
 
@@ -116,21 +119,22 @@ class DecoderConstrainedAdam:
         norm = self.devices.gradient_norm(self.parameters)
         if self.rows is not None:
             norm = (norm.square() + self.devices.sum_latents(self.rows.square(), "scalars")).sqrt()
-        if self.clip_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, norm)
         taken = norm.isfinite() if allowed is None else norm.isfinite() & allowed
-        if self.rows is not None:
-            # First, since gradients may be made from the parameters; clipped as `clip_grads_with_norm_` does.
-            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1) if self.clip_norm > 0 else torch.ones_like(norm)
-            self.rows.step(self.lr, factor, taken)
+        # What `clip_grads_with_norm_` multiplies with.
+        factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1) if self.clip_norm > 0 else None
+        if self.rows is not None:  # first, since gradients may be made from the parameters
+            self.rows.step(self.lr, torch.ones_like(norm) if factor is None else factor, taken)
         for name, stepped in self.stepped.items():
             grad = self.parameters[name].grad
             stepped.grad = grad if grad is None or stepped is self.parameters[name] else grad.T
+        on_sphere = kernels.uses_triton(taken.device) and kernels.adam_rows_(self.adam, taken, factor, self.W_dec)
+        if self.clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.stepped.values(), self.clip_norm, norm)
         self.adam.found_inf = (~taken).float()  # type: ignore[attr-defined]  # how fused Adam is told to change nothing
         self.adam.step()
         for parameter in (*self.parameters.values(), *self.stepped.values()):
             parameter.grad = None
-        if self.W_dec is not None:
+        if self.W_dec is not None and not on_sphere:
             normalize_rows_(self.W_dec, taken)
         self.taken += 1
         self._set_lr()

@@ -11,6 +11,9 @@ import pytest
 import torch
 from builders import build_lm, byte_tokenizer
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 

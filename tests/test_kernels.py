@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saehook import activation_fns, kernels
+from saehook.errors import ArgumentError
 from saehook.kernels import reference, selection, sparse
 
 
@@ -216,12 +217,23 @@ def test_choice_and_its_reason(monkeypatch, caplog):
     monkeypatch.delenv("SAEHOOK_KERNELS", raising=False)
     kernels._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="saehook"):
-        assert [kernels.choose(4096, 32), kernels.choose(4096, 32), kernels.choose(64, 32)] == [
-            "sparse",
-            "sparse",
-            "reference",
-        ]
+        cpu, gpu = torch.device("cpu"), torch.device("cuda")
+        assert [kernels.choose(d_sae, 32, cpu) for d_sae in (4096, 4096, 64)] == ["sparse", "sparse", "reference"]
+        assert [kernels.choose(d_sae, 32, gpu) for d_sae in (4096, 64)] == ["triton", "reference"]
         monkeypatch.setenv("SAEHOOK_KERNELS", "reference")
-        assert kernels.choose(4096, 32) == "reference"
-    assert len(caplog.records) == 3
-    assert "d_sae / k >= 8" in caplog.text
+        assert kernels.choose(4096, 32, gpu) == "reference"
+        monkeypatch.setenv("SAEHOOK_KERNELS", "triton")
+        assert kernels.choose(64, 32, gpu) == "triton"
+    assert len(caplog.records) == 5
+    assert "sparse kernels, because d_sae / k >= 8\n" in caplog.text
+    assert "triton kernels, because d_sae / k >= 8 on a GPU" in caplog.text
+
+
+def test_what_cannot_be_had_is_an_error(monkeypatch):
+    monkeypatch.setenv("SAEHOOK_KERNELS", "cuda")
+    with pytest.raises(ArgumentError, match="reference, sparse, dense, triton"):
+        kernels.choose(4096, 32, torch.device("cpu"))
+    monkeypatch.setenv("SAEHOOK_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ArgumentError, match="TRITON_INTERPRET=1"):
+        kernels.topk(torch.randn(2, 4096), 4)

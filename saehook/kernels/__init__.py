@@ -1,20 +1,20 @@
-"""The arithmetic of one training step, in versions that agree: `reference` (the definition), `sparse` and `dense`.
+"""The arithmetic of one training step, in versions that agree: `reference` (the definition), `sparse`, `dense`, and for
+accelerators `triton`.
 
 Where k latents a token are kept the choice is made from the sizes: sums over the selected pairs cost k / d_sae of a dense
-product each, but run slower per operation, so the sparse version is taken where d_sae >= 8 k. Where a penalty decides how
-many fire it is made in each step from their number; on a GPU, where that is not to be read, the dense version is taken
+product each, but run slower per operation, so the sparse version is taken where d_sae >= 8 k. On a GPU this is the one of
+`triton`, where that is installed, which selects and steps the optimiser with kernels of its own, too. Where a penalty decides
+how many fire it is made in each step from their number; on a GPU, where that is not to be read, the dense version is taken
 always. Where a step would hold too many pre-activations, or the weights are not to be there whole in float32, it encodes some
 latents at a time (`running`, `by_rows`). At inference, `encode_topk` and `encode_above` keep only what fires, where an SAE is so
-wide that [tokens, d_sae] would fill the memory (`by_blocks`). The environment variable SAEHOOK_KERNELS=reference, sparse or
-dense overrides all.
+wide that [tokens, d_sae] would fill the memory (`by_blocks`). The environment variable SAEHOOK_KERNELS=reference, sparse,
+dense or triton overrides all.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torch import Tensor
 from saehook.kernels import by_rows, dense, product, reference, running, sparse
 from saehook.kernels.blockwise import encode_above, encode_topk
 from saehook.kernels.by_rows import RowsParameter, add_product
+from saehook.kernels.choice import forced as _forced
+from saehook.kernels.choice import log_once as _log_once
+from saehook.kernels.choice import uses_triton
 from saehook.kernels.device import queued
 from saehook.kernels.reference import Activated, Autoencoded, Encoded, Rule, Select
 from saehook.kernels.running import Largest, Pairs, largest_of_batch, largest_of_each_token
@@ -40,6 +43,7 @@ __all__ = [
     "Select",
     "Selection",
     "add_product",
+    "adam_rows_",
     "autoencode",
     "batch_topk",
     "by_blocks",
@@ -52,9 +56,11 @@ __all__ = [
     "largest_of_batch",
     "largest_of_each_token",
     "queued",
+    "remove_parallel_",
     "selected",
     "some_at_a_time",
     "topk",
+    "uses_triton",
 ]
 
 SPARSE_FROM = 8
@@ -82,9 +88,10 @@ def encode(
 
     `scratch` gets the pre-activations, which are not needed afterwards, and in the backward pass W_enc's gradient.
     """
-    if choose(b_enc.shape[0], k) == "reference":
+    version = choose(b_enc.shape[0], k, x.device)
+    if version == "reference":
         return reference.encode(x, W_enc, b_enc, b_dec, select)
-    return sparse.encode(x, W_enc, b_enc, b_dec, select, scratch)
+    return _sparse(version).encode(x, W_enc, b_enc, b_dec, select, scratch)
 
 
 def decode(values: Tensor, W_dec: Tensor, selection: Selection, *, k: int, scratch: Scratch | None = None) -> Tensor:
@@ -94,9 +101,33 @@ def decode(values: Tensor, W_dec: Tensor, selection: Selection, *, k: int, scrat
     """
     if isinstance(W_dec, RowsParameter):
         return by_rows.decode(values, W_dec, selection)
-    if choose(selection.d_sae, k) == "reference":
+    version = choose(selection.d_sae, k, values.device)
+    if version == "reference":
         return reference.decode(values, W_dec, selection)
-    return sparse.decode(values, W_dec, selection, scratch)
+    return _sparse(version).decode(values, W_dec, selection, scratch)
+
+
+def _sparse(version: str) -> Any:
+    """The module of that name; Triton is imported when it is needed."""
+    if version == "triton":
+        from saehook.kernels.triton import sparse as module
+
+        return module
+    return sparse
+
+
+def remove_parallel_(grad: Tensor, rows: Tensor) -> None:
+    """`optim.remove_parallel_` as one kernel, where `uses_triton`."""
+    from saehook.kernels.triton import adam
+
+    adam.remove_parallel_(grad, rows)
+
+
+def adam_rows_(optimizer: torch.optim.Adam, taken: Tensor, factor: Tensor | None, unit: Tensor | None) -> bool:
+    """See `triton.adam.adam_rows_`; where `uses_triton`."""
+    from saehook.kernels.triton import adam
+
+    return adam.adam_rows_(optimizer, taken, factor, unit)
 
 
 def autoencode(
@@ -116,7 +147,7 @@ def autoencode(
     `per_latent` are numbers of the rule, [d_sae] each, differentiable; at or below `lower` [d_sae] it gives zeros.
     `scratch` gets the pre-activations, which must stay until the backward pass, and there the gradients of both matrices.
     """
-    forced = _forced()
+    forced = _forced().replace("triton", "")  # there is none for any number of pairs
     if isinstance(W_enc, RowsParameter) or (not forced and some_at_a_time(len(x), W_enc)):
         return _autoencode_some_at_a_time(x, W_enc, b_enc, b_dec, W_dec, rule, per_latent, lower, scratch)
     if forced == "reference":
@@ -152,7 +183,8 @@ def selected(
     """The pre-activations `values` [m] of pairs, however they were found, of `centred` = x - `b_dec`, with their gradients."""
     if isinstance(W_enc, RowsParameter):
         return by_rows.selected(values, centred, W_enc, b_enc, b_dec, selection)
-    return sparse.selected(values, centred, W_enc, b_enc, b_dec, selection, scratch)
+    module = _sparse("triton" if uses_triton(values.device) else "sparse")
+    return module.selected(values, centred, W_enc, b_enc, b_dec, selection, scratch)
 
 
 def _autoencode_some_at_a_time(
@@ -185,33 +217,29 @@ def _autoencode_some_at_a_time(
     return Autoencoded(decode(acts, W_dec, pairs, k=1, scratch=scratch), cost.sum(), fired, fixed)
 
 
-def choose(d_sae: int, k: int) -> str:
-    """`reference` or `sparse`, where k latents a token are kept; the reason goes to the log, once."""
-    if (forced := _forced()) in {"reference", "sparse"}:
-        return _log_once(forced, f"SAEHOOK_KERNELS={forced}")
-    sign, name = (">=", "sparse") if d_sae >= SPARSE_FROM * k else ("<", "reference")
-    return _log_once(name, f"d_sae / k {sign} {SPARSE_FROM}")
+def choose(d_sae: int, k: int, device: torch.device) -> str:
+    """`reference`, `sparse` or `triton`, where k latents a token are kept; the reason goes to the log, once."""
+    name = _forced()
+    if name in {"reference", "sparse"} or (name == "triton" and uses_triton(device)):
+        return _log_once(name, f"SAEHOOK_KERNELS={name}")
+    if d_sae < SPARSE_FROM * k:
+        return _log_once("reference", f"d_sae / k < {SPARSE_FROM}")
+    if uses_triton(device):
+        return _log_once("triton", f"d_sae / k >= {SPARSE_FROM} on a GPU, with Triton installed")
+    return _log_once("sparse", f"d_sae / k >= {SPARSE_FROM}")
 
 
 def is_wide(d_sae: int) -> bool:
     """Whether [tokens, d_sae] is not to be made for more than some tokens; never with SAEHOOK_KERNELS=reference or dense."""
-    return d_sae >= WIDE_FROM and _forced() in {"", "sparse"}
+    return d_sae >= WIDE_FROM and _forced() in {"", "sparse", "triton"}
 
 
 def by_blocks(d_sae: int) -> bool:
     """Whether runs encode some latents at a time and hold only what fires; the reason goes to the log, once."""
     if forced := _forced():
-        return _log_once("blockwise" if forced == "sparse" else "dense", f"SAEHOOK_KERNELS={forced}") == "blockwise"
+        return (
+            _log_once("blockwise" if forced in {"sparse", "triton"} else "dense", f"SAEHOOK_KERNELS={forced}")
+            == "blockwise"
+        )
     sign, name = (">=", "blockwise") if is_wide(d_sae) else ("<", "dense")
     return _log_once(name, f"d_sae {sign} {WIDE_FROM:,} at inference") == "blockwise"
-
-
-def _forced() -> str:
-    name = os.environ.get("SAEHOOK_KERNELS", "")
-    return name if name in {"reference", "sparse", "dense"} else ""
-
-
-@functools.cache
-def _log_once(name: str, reason: str) -> str:
-    logging.getLogger("saehook").info("%s kernels, because %s", name, reason)
-    return name

@@ -46,6 +46,16 @@ def largest_of_all(by_latent: Tensor, n: int) -> Tensor:
     return positions
 
 
+def largest_of_flat(entries: Tensor, n: int) -> Tensor:
+    """Where the n largest of `entries` [size] are, [n]; the blocks are 64 neighbours. For any device."""
+    if entries.numel() % BLOCK or entries.numel() // BLOCK < 2 * n:
+        return entries.topk(n, sorted=False).indices
+    blocks = entries.view(-1, BLOCK)
+    chosen = blocks.amax(1).topk(n, sorted=False).indices
+    best = blocks[chosen].view(-1).topk(n, sorted=False).indices
+    return chosen[best // BLOCK] * BLOCK + best % BLOCK
+
+
 def _levels(by_latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Maxima of 64 latents, of 8, and the entries."""
     n_tokens = by_latent.shape[1]

@@ -7,11 +7,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from saehook.kernels.block_maxima import applies, largest_of_all, largest_of_each_token
+from saehook.kernels.block_maxima import applies, largest_of_all, largest_of_each_token, largest_of_flat
+from saehook.kernels.choice import uses_triton
 from saehook.kernels.device import queued
 
 LATENTS_AT_ONCE = 512
 """Latents that `above` compares together: few enough to stay in a CPU's cache."""
+SEGMENT = 256
+"""Pairs of one latent that an accelerator's program takes at most."""
 
 
 class Selection:
@@ -22,8 +25,8 @@ class Selection:
 
     def __init__(self, tokens: Tensor, latents: Tensor, n_tokens: int, d_sae: int, *, order: str = "") -> None:
         """The pairs (tokens[i], latents[i]), [m]; `order` says by which of both they ascend: `token`, `latent`, or ''."""
-        self.tokens = tokens
-        self.latents = latents
+        self.tokens = tokens.contiguous()
+        self.latents = latents.contiguous()
         self.n_tokens = n_tokens
         self.d_sae = d_sae
         self.order = order
@@ -37,6 +40,22 @@ class Selection:
     def by_latent(self) -> tuple[Tensor | slice, Tensor]:
         """The pairs ordered by latent, as an index of [m], and where each latent's begin, [d_sae + 1]."""
         return _ordered(self.latents, self.d_sae, presorted=self.order == "latent")
+
+    @cached_property
+    def segments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The lists by latent cut into segments of at most SEGMENT pairs, at least one for each latent.
+
+        The latent of each segment, where segments of each latent end [d_sae], and the latent of each segment that is not the
+        first of its latent; all in the order of latents. There is room for as many segments as the sizes allow: of those
+        that do not exist the latent is d_sae.
+        """
+        starts = self.by_latent[1]
+        ends = ((starts[1:] - starts[:-1] + SEGMENT - 1) // SEGMENT).clamp(min=1).cumsum(0)
+        n_spare = len(self.latents) // SEGMENT
+        places = torch.arange(self.d_sae + n_spare, device=ends.device)
+        spare_ends = ends - places[: self.d_sae] - 1
+        spare = torch.searchsorted(spare_ends, places[:n_spare], right=True)
+        return torch.searchsorted(ends, places, right=True), ends, spare
 
     @property
     def positions(self) -> Tensor:
@@ -72,8 +91,11 @@ class Selection:
 
 def _ordered(keys: Tensor, n: int, *, presorted: bool) -> tuple[Tensor | slice, Tensor]:
     """An index that sorts `keys`, all in 0..n-1, and where each key's places begin, [n + 1]."""
-    ascending, index = (keys, slice(None)) if presorted else keys.sort(stable=True)
-    return index, torch.searchsorted(ascending, torch.arange(n + 1, device=keys.device))
+    if presorted:
+        ascending, index = keys, slice(None)
+    else:  # by radix: the narrower the keys, the fewer passes
+        ascending, index = keys.to(torch.int16 if n < 2**15 else torch.int32).sort(stable=True)
+    return index, torch.searchsorted(ascending, torch.arange(n + 1, device=keys.device, dtype=ascending.dtype))
 
 
 def _is_by_latent(pre_acts: Tensor) -> bool:
@@ -84,12 +106,23 @@ def _is_by_latent(pre_acts: Tensor) -> bool:
 def topk(pre_acts: Tensor, k: int, *, descending: bool = False) -> Selection:
     """The k largest of each token, on request the largest first; `activation_fns.topk` is the definition."""
     n_tokens, d_sae = pre_acts.shape
-    if _is_by_latent(pre_acts) and applies(d_sae, k):
+    if uses_triton(pre_acts.device) and (found := _by_kernel(pre_acts, k)) is not None:
+        latents = found
+        if descending:
+            latents = latents.gather(1, pre_acts.gather(1, latents).argsort(1, descending=True))
+    elif _is_by_latent(pre_acts) and applies(d_sae, k):
         latents = largest_of_each_token(pre_acts.T, k, descending=descending)
     else:
         latents = pre_acts.topk(k, dim=-1, sorted=descending).indices
     tokens = torch.arange(n_tokens, device=pre_acts.device)[:, None].expand(n_tokens, k)
-    return Selection(tokens.reshape(-1), latents.view(-1), n_tokens, d_sae, order="token")
+    return Selection(tokens.reshape(-1), latents.reshape(-1), n_tokens, d_sae, order="token")
+
+
+def _by_kernel(pre_acts: Tensor, k: int) -> Tensor | None:
+    """The latents of the k largest of each token, where the sizes are fit for the kernel."""
+    from saehook.kernels.triton import block_topk
+
+    return block_topk.block_topk(pre_acts, k) if block_topk.applies(pre_acts, k) else None
 
 
 def batch_topk(pre_acts: Tensor, k: int) -> Selection:
@@ -97,7 +130,8 @@ def batch_topk(pre_acts: Tensor, k: int) -> Selection:
     n_tokens, d_sae = pre_acts.shape
     n = min(pre_acts.numel(), k * n_tokens)
     if not _is_by_latent(pre_acts):
-        positions = pre_acts.reshape(-1).topk(n, sorted=False).indices
+        flat = pre_acts.reshape(-1)
+        positions = largest_of_flat(flat, n) if queued(flat.device) else flat.topk(n, sorted=False).indices
         return Selection(positions // d_sae, positions % d_sae, n_tokens, d_sae)
     if applies(d_sae, k):
         positions = largest_of_all(pre_acts.T, n)

@@ -3,8 +3,9 @@
     python peer_worker.py NAME START.pt     then on stdin `step 0`, `step 1`, ...; on stdout one line of JSON for each
 
 START.pt holds the weights to begin with (W_enc, b_enc, W_dec, b_dec), batches [n, tokens, d_in], k, lr and the number of
-threads. What a peer adds to the mathematics of TopK with Adam and unit decoder rows is switched off; what it leaves out is left
-out of ours (`peers.py`). No import of saehook: it is not installed there.
+threads. `bench_gpu_step.py` takes the same steps in its own process, with a `device`, and `autocast` to bfloat16, which these
+peers' own trainers have. What a peer adds to the mathematics of TopK with Adam and unit decoder rows is switched off; what it
+leaves out is left out of ours (`peers.py`). No import of saehook: it is not installed there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def sparsify(start: dict[str, Any]) -> Step:
     from sparsify.sparse_coder import SparseCoder  # pyright: ignore[reportMissingImports]
 
     d_in, d_sae = start["W_enc"].shape
-    sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=start["k"]))
+    sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=start["k"])).to(start.get("device", "cpu"))
     fill(sae.encoder.weight, start["W_enc"].T)
     fill(sae.encoder.bias, start["b_enc"])
     fill(sae.W_dec, start["W_dec"])
@@ -39,7 +40,8 @@ def sparsify(start: dict[str, Any]) -> Step:
 
     def step(x: Tensor, number: int) -> float:
         sae.set_decoder_norm_to_unit_norm()
-        out = sae(x)
+        with autocast(start):
+            out = sae(x)
         out.fvu.backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         adam.step()
@@ -64,13 +66,18 @@ def dictionary_learning(start: dict[str, Any]) -> Step:
         lr=start["lr"],
         warmup_steps=0,
         threshold_start_step=10**9,
-        device="cpu",
+        device=start.get("device", "cpu"),
     )
     fill(trainer.ae.encoder.weight, start["W_enc"].T)
     fill(trainer.ae.encoder.bias, start["b_enc"])
     fill(trainer.ae.decoder.weight, start["W_dec"].T)
     fill(trainer.ae.b_dec, start["b_dec"])
-    return lambda x, number: trainer.update(number + 1, x)
+
+    def step(x: Tensor, number: int) -> float:
+        with autocast(start):
+            return trainer.update(number + 1, x)
+
+    return step
 
 
 def saelens(start: dict[str, Any]) -> Step:
@@ -105,6 +112,12 @@ PEERS: dict[str, Callable[[dict[str, Any]], Step]] = {
     "dictionary_learning": dictionary_learning,
     "saelens": saelens,
 }
+
+
+def autocast(start: dict[str, Any]) -> torch.autocast:
+    """bfloat16 products, where `start` asks for them."""
+    device = torch.device(start.get("device", "cpu"))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=start.get("autocast", False))
 
 
 def fill(parameter: Tensor, value: Tensor) -> None:

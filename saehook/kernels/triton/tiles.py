@@ -1,0 +1,37 @@
+"""How kernels cut rows of numbers, and in which precision they add them up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    constexpr = Any  # callers pass plain numbers
+else:
+    constexpr = tl.constexpr
+
+WIDEST = 512
+"""Columns of a row that one program treats at most, where it sums many rows."""
+LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
+"""What every launch says: a · b + c may be rounded once. Triton's default is to change."""
+
+
+def columns_at_once(width: int) -> int:
+    """Columns of rows of `width` in one program: the power of two that leaves the fewest lanes idle, rather a large one."""
+    if width <= WIDEST:
+        return max(16, triton.next_power_of_2(width))
+    return min((WIDEST, WIDEST // 2), key=lambda size: triton.cdiv(width, size) * size)
+
+
+def rows_at_once(columns: int) -> int:
+    """Rows that are loaded together: enough loads in flight, few enough registers."""
+    return max(4, min(16, 4096 // columns))
+
+
+def sum_dtype(*tensors: Tensor) -> tl.dtype:
+    """In which numbers are added up: float64 where one of them is float64, else float32."""
+    return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
