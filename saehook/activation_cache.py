@@ -34,8 +34,9 @@ from torch import Tensor
 
 from saehook.errors import ArgumentError, FileError, FormatError
 from saehook.files import atomically
-from saehook.harvest import TOKENS_PER_FORWARD, activations_of
+from saehook.harvest import activations_of, tokens_per_forward
 from saehook.hooked_model import HookedModel
+from saehook.kernels.device import send
 from saehook.tokenization import keep_mask, special_ids
 
 SCHEMA = 1
@@ -115,7 +116,7 @@ def lm_pass(
     def make(skip: int) -> Chunks:
         rest = iter(windows())
         for first in rest:
-            batch = [first, *itertools.islice(rest, max(1, TOKENS_PER_FORWARD // len(first)) - 1)]
+            batch = [first, *itertools.islice(rest, max(1, tokens_per_forward(model.device) // len(first)) - 1)]
             kept = int(keep_mask(torch.stack(batch), None, special, skip_first_tokens).sum())
             if kept <= skip:
                 skip -= kept
@@ -184,7 +185,7 @@ class ActivationCache:
             for site in missing:
                 self._write(site, number, shard[site])
             if tokens:
-                yield {site: shard[site].to(device) for site in self.keys}
+                yield {site: send(shard[site], torch.device(device)) for site in self.keys}
             if tokens < self.shard_tokens:
                 return
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saehook import losses
 from saehook.errors import ArgumentError, ShapeError, TrainingError
+from saehook.kernels.device import send
 
 Batch = Mapping[str, Tensor]
 SKIPPED_AT_ONCE = 2**16
@@ -63,7 +64,7 @@ class Stream:
         """`d_in` is the width of each site, by name."""
         self.source: Iterator[Tensor | Batch] = iter(batches)
         self.d_in = dict(d_in)
-        self.device = device
+        self.device = torch.device(device)
         self.held = 0
         self.parts: dict[str, list[Tensor]] = {site: [] for site in self.d_in}
 
@@ -81,7 +82,7 @@ class Stream:
                 self.parts[site] = [torch.cat([p.to(parts[0].dtype) for p in parts])]
             elif not parts:
                 self.parts[site] = [torch.empty(0, self.d_in[site])]
-        return {site: parts[0][:n].to(self.device, torch.float32) for site, parts in self.parts.items()}
+        return {site: send(parts[0][:n], self.device).float() for site, parts in self.parts.items()}
 
     def take(self, n: int) -> dict[str, Tensor]:
         """The next `n` tokens, or what is left."""

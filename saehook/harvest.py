@@ -27,10 +27,13 @@ from saehook.corpus import Document, text_hash
 from saehook.dataset_text import DatasetText
 from saehook.errors import ArgumentError
 from saehook.hooked_model import HookedModel
+from saehook.kernels.device import queued, send
 from saehook.model_input import image_batch, takes_text
 from saehook.tokenization import WindowCutter, is_outlier, keep_mask, special_ids
 
 TOKENS_PER_FORWARD = 4096
+TOKENS_PER_FORWARD_QUEUED = 2**15
+"""The same on a GPU, where each pass has work for the host, too, and small ones do not fill the device."""
 MEDIAN_TOKENS = 4096
 """Tokens at the start of the text whose norms set the median of a `MaskRule`."""
 MANY_OUTLIERS = 0.05
@@ -168,6 +171,11 @@ class TextStream(Iterator[Tensor]):
         self._taken = state["taken"]
 
 
+def tokens_per_forward(device: torch.device) -> int:
+    """Tokens that a language model on `device` reads at once."""
+    return TOKENS_PER_FORWARD_QUEUED if queued(device) else TOKENS_PER_FORWARD
+
+
 def activations_of(
     model: HookedModel, sites: Sequence[str], windows: Iterator[Tensor], skip_first_tokens: int = 0
 ) -> Iterator[dict[str, Tensor]]:
@@ -180,14 +188,21 @@ def activations_of(
     first = next(windows, None)
     if first is None:
         return
-    rows = max(1, TOKENS_PER_FORWARD // _ids(model, first).shape[-1])
+    rows = max(1, tokens_per_forward(model.device) // _ids(model, first).shape[-1])
     head = [first]
     while batch := head + list(islice(windows, rows - len(head))):
         head = []
         given = torch.stack(batch)
-        mask = keep_mask(_ids(model, given), None, special, skip_first_tokens)
+        # The ids are on the host: which tokens count is known before the model has run, and nobody waits for it.
+        kept = keep_mask(_ids(model, given), None, special, skip_first_tokens).view(-1).nonzero().view(-1)
         values = model.activations(given, sites)
-        yield {site: x[mask.to(x.device)] for site, x in values.items()}
+        places = _everywhere(kept, values)
+        yield {site: x.flatten(0, 1).index_select(0, places[x.device]) for site, x in values.items()}
+
+
+def _everywhere(indices: Tensor, at: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
+    """The same indices on each of the devices of some tensors."""
+    return {device: send(indices, device) for device in {x.device for x in at.values()}}
 
 
 def _ids(model: HookedModel, x: Tensor) -> Tensor:
@@ -296,7 +311,8 @@ class Shuffled(Iterator[dict[str, Tensor]]):
                 raise StopIteration
         slots = self.order[self.position : min(self.position + self.batch_tokens, self.until)]
         self.position += len(slots)
-        return {site: buffer[slots.to(buffer.device)] for site, buffer in self.buffers.items()}
+        places = _everywhere(slots, self.buffers)
+        return {site: buffer[places[buffer.device]] for site, buffer in self.buffers.items()}
 
     def _refill(self) -> None:
         """Put new tokens into the slots that have been served, and shuffle all."""
@@ -319,10 +335,11 @@ class Shuffled(Iterator[dict[str, Tensor]]):
                     return done
                 self.left = chunk
             n = min(len(slots) - done, len(next(iter(self.left.values()))))
+            places = _everywhere(slots[done : done + n], self.left)
             for site, x in self.left.items():
                 if site not in self.buffers:
                     self.buffers[site] = x.new_empty(self.buffer_tokens, x.shape[1])
-                self.buffers[site][slots[done : done + n].to(x.device)] = x[:n]
+                self.buffers[site][places[x.device]] = x[:n]
             self.left = {site: x[n:] for site, x in self.left.items() if n < len(x)}
             done += n
         return done

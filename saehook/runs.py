@@ -16,6 +16,7 @@ from saehook.edit_plan import EditPlan
 from saehook.errors import ArgumentError, ContextLengthError, NoEffectWarning
 from saehook.full_report import beside, check_kind, full_report
 from saehook.interventions import AnyEdit, Program
+from saehook.kernels.device import send
 from saehook.model_input import image_batch, predicts_next_tokens, takes_text
 from saehook.positions import UNKNOWN_ID, Positions
 from saehook.results import Generation, Report
@@ -85,9 +86,9 @@ class Runs:
         """Arguments of the model's forward: the mask and positions only where something is padded (or `masked`)."""
         if batch.inputs is not None:
             return dict(batch.inputs)
-        arguments = {"input_ids": batch.ids.to(self.device)}
+        arguments = {"input_ids": send(batch.ids, self.device)}
         if batch.padded or masked:
-            mask = batch.attention_mask.to(self.device)
+            mask = send(batch.attention_mask, self.device)
             arguments["attention_mask"] = mask
             takes_positions = "position_ids" in inspect.signature(self.lm.forward).parameters
             if batch.padded and takes_positions and not _counts_from_ids(self.lm):
@@ -107,8 +108,8 @@ class Runs:
 
     def _positions(self, batch: Batch, program: Program, expansion: int = 1, *, reorders: bool = False) -> Positions:
         positions = Positions(
-            batch.ids.to(self.device),
-            batch.attention_mask.to(self.device),
+            send(batch.ids, self.device),
+            send(batch.attention_mask, self.device),
             special_ids(self.tokenizer),
             expansion,
             bos=getattr(self.tokenizer, "bos_token_id", None),
@@ -290,7 +291,7 @@ class Runs:
             )
         beams = hf.get("num_beams") or settings.num_beams or 1
         returned = hf.get("num_return_sequences") or settings.num_return_sequences or 1
-        ids, mask = batch.ids.to(self.device), batch.attention_mask.to(self.device)
+        ids, mask = send(batch.ids, self.device), send(batch.attention_mask, self.device)
         arguments = hf
         if random.seed is not None and beams == 1:
             noise = RowNoise(random.seed, length, returned, same_noise)

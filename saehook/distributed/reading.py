@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saehook.distributed.mesh import Mesh
-from saehook.harvest import TOKENS_PER_FORWARD, TextStream, activations_of
+from saehook.harvest import TextStream, activations_of, tokens_per_forward
 from saehook.hooked_model import HookedModel
 
 
@@ -43,7 +43,7 @@ class SharedPass(Iterator[dict[str, Tensor]]):
 
     def _read(self) -> None:
         """One forward pass on each process that finds text left, and an exchange."""
-        rows = max(1, TOKENS_PER_FORWARD // self.text.window)
+        rows = max(1, tokens_per_forward(self.model.device) // self.text.window)
         places, mine = [], []
         for rank in range(self.mesh.sizes["all"]):
             windows = list(islice(self.text, rows))

@@ -154,7 +154,7 @@ class Shards(OneDevice):
     ) -> tuple[Tensor, kernels.Selection]:
         # All take the same way: the shards differ by a latent.
         widest = self.widest(d_sae)
-        if not (isinstance(W_enc, kernels.RowsParameter) or running.too_many(len(x), widest)):
+        if not (isinstance(W_enc, kernels.RowsParameter) or running.too_many(len(x), widest, x.device)):
             pick = functools.partial(self.topk, k=k, d_sae=d_sae)
             return kernels.encode(x, W_enc, b_enc, center, pick, k=k, scratch=scratch)
         with torch.no_grad():

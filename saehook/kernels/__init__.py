@@ -42,8 +42,8 @@ __all__ = [
     "Scratch",
     "Select",
     "Selection",
-    "add_product",
     "adam_rows_",
+    "add_product",
     "autoencode",
     "batch_topk",
     "by_blocks",
@@ -168,7 +168,7 @@ def autoencode(
 
 def some_at_a_time(n_tokens: int, W_enc: Tensor) -> bool:
     """Whether a step encodes some latents at a time, so that never all pre-activations are there."""
-    return isinstance(W_enc, RowsParameter) or running.too_many(n_tokens, W_enc.shape[1])
+    return isinstance(W_enc, RowsParameter) or running.too_many(n_tokens, W_enc.shape[1], W_enc.device)
 
 
 def selected(

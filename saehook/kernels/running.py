@@ -18,6 +18,8 @@ from saehook.kernels.selection import Selection, topk
 
 DENSE_ENTRIES = 2**27
 """Pre-activations that a training step holds at once, at most: 512 MiB in float32."""
+SHARE_OF_DEVICE = 1 / 8
+"""The same on a GPU, in bfloat16, as a share of its memory."""
 
 
 class Largest(NamedTuple):
@@ -40,14 +42,21 @@ class Pairs(NamedTuple):
     """[m]."""
 
 
-def too_many(n_tokens: int, d_sae: int) -> bool:
+def most_entries(device: torch.device) -> int:
+    """Pre-activations that are held at once, at most."""
+    if device.type != "cuda":
+        return DENSE_ENTRIES
+    return max(DENSE_ENTRIES, int(SHARE_OF_DEVICE * torch.cuda.get_device_properties(device).total_memory / 2))
+
+
+def too_many(n_tokens: int, d_sae: int, device: torch.device) -> bool:
     """Whether the pre-activations of all latents are too many to be held."""
-    return n_tokens * d_sae > DENSE_ENTRIES
+    return n_tokens * d_sae > most_entries(device)
 
 
-def blocks(n_tokens: int, d_sae: int) -> Iterator[slice]:
+def blocks(n_tokens: int, d_sae: int, device: torch.device) -> Iterator[slice]:
     """Latents that are encoded together."""
-    size = max(1, DENSE_ENTRIES // max(1, n_tokens))
+    size = max(1, most_entries(device) // max(1, n_tokens))
     return (slice(first, min(first + size, d_sae)) for first in range(0, d_sae, size))
 
 
@@ -80,7 +89,7 @@ def first_of_equals(pre_acts: Tensor, width: int) -> Largest:
 def largest_of_each_token(inputs: Tensor, W_enc: Tensor, b_enc: Tensor, width: int) -> Largest:
     """The `width` largest pre-activations of each of the `inputs` [n, d_in], or all."""
     best = Largest(inputs.new_empty(len(inputs), 0), inputs.new_empty(len(inputs), 0, dtype=torch.long))
-    for block in blocks(len(inputs), len(b_enc)):
+    for block in blocks(len(inputs), len(b_enc), inputs.device):
         new = first_of_equals(encode_block(inputs, W_enc, b_enc, block), width)
         values = torch.cat([best.values, new.values.to(inputs.dtype)], 1)
         latents = torch.cat([best.latents, new.latents + block.start], 1)
@@ -94,7 +103,7 @@ def largest_of_batch(inputs: Tensor, W_enc: Tensor, b_enc: Tensor, number: int) 
     here = len(b_enc)
     values, positions = inputs.new_empty(0), inputs.new_empty(0, dtype=torch.long)
     least = inputs.new_zeros(())
-    for block in blocks(len(inputs), here):
+    for block in blocks(len(inputs), here, inputs.device):
         pre = encode_block(inputs, W_enc, b_enc, block).to(inputs.dtype)
         tokens, columns = (~((pre <= 0) | (pre < least))).nonzero(as_tuple=True)
         values = torch.cat([values, pre[tokens, columns]])
@@ -112,7 +121,7 @@ def largest_of_batch(inputs: Tensor, W_enc: Tensor, b_enc: Tensor, number: int) 
 def above(inputs: Tensor, W_enc: Tensor, b_enc: Tensor, lower: Tensor, most: int) -> tuple[Tensor, Selection] | None:
     """All pre-activations above `lower` [latents], [m], and their pairs, ordered by latent; None if more than `most`."""
     parts: list[Pairs] = []
-    for block in blocks(len(inputs), len(b_enc)):
+    for block in blocks(len(inputs), len(b_enc), inputs.device):
         by_latent = encode_block(inputs, W_enc, b_enc, block).T
         latents, tokens = (~(by_latent <= lower[block, None])).nonzero(as_tuple=True)
         parts.append(Pairs(by_latent[latents, tokens].to(inputs.dtype), tokens, latents + block.start))

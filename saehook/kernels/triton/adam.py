@@ -26,9 +26,9 @@ def adam_rows_(adam: torch.optim.Adam, taken: Tensor, factor: Tensor | None = No
     """The step that `adam` would take on its float32 matrices, with its own state, in place; their gradients are dropped, so
     that its `step` afterwards takes the rest.
 
-    Where `taken` (0-dim bool, on the device) is False nothing changes. Gradients count times `factor` (0-dim). `unit`: the matrix whose rows have unit length
-    afterwards, but those of zeros; returned is whether it was stepped. The matrices are contiguous, and the state lies on
-    the device.
+    Where `taken` (0-dim bool, on the device) is False nothing changes. Gradients count times `factor` (0-dim). `unit`: the
+    matrix whose rows have unit length afterwards, but those of zeros; returned is whether it was stepped. The matrices are
+    contiguous, and the state lies on the device.
     """
     group = adam.param_groups[0]
     beta1, beta2 = group["betas"]
