@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from saehook import kernels
+
 
 def total_variance(x: Tensor) -> Tensor:
     """Mean squared distance of the tokens `x` [n, d] to their mean, summed over d; a scalar."""
-    return (x - x.mean(0)).square().sum(-1).mean()
+    mean = x.mean(0)
+    if kernels.uses_triton(x.device) and not x.requires_grad:
+        return kernels.squared_error(mean.expand_as(x), x)
+    return (x - mean).square().sum(-1).mean()
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
     """Mean squared error of a token, summed over its d components."""
+    if kernels.uses_triton(x.device) and not x.requires_grad:
+        return kernels.squared_error(x, x_hat)
     return (x_hat - x).square().sum(-1).mean()
 
 

@@ -129,7 +129,7 @@ class SAERun:
             y = self.devices.tokens(batch[self.config.site_out]) * self.target.scale
         terms = self.method.terms(x, y, self.steps, scratch)
         terms = terms._replace(fired=self.devices.add_tokens(terms.fired))
-        sane = torch.stack([x.sum().isfinite() & y.sum().isfinite(), terms.loss.detach().isfinite()])
+        sane = torch.stack([x.sum() if y is x else x.sum() + y.sum(), terms.loss.detach()]).isfinite()
         sane = self.devices.all(sane)
         allowed = sane.all() & (self.bad[0] == 0)
         before = self.tokens_since_fired, self.threshold
@@ -206,7 +206,9 @@ class SAERun:
             "l0": self.devices.add_latents(terms.fired.sum()) / self.devices.number(y.shape[0]),
             "aux": aux.detach(),
         }
-        new = {key: torch.where(taken, value.double(), 0.0) for key, value in new.items()}
+        # All at once: on a GPU each operation on a number costs as much as one on thousands.
+        values = torch.where(taken, torch.stack([value.to(y.dtype) for value in new.values()]).double(), 0.0)
+        new = dict(zip(new, values.unbind(), strict=True))
         self.sums = {key: self.sums[key] + value for key, value in new.items()} if self.sums else new
         self.summed_steps += 1
 

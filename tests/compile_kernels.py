@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from saehook.kernels.selection import Selection
 from saehook.kernels.triton import adam, block_topk
 from saehook.kernels.triton.latent_sums import latent_sums
+from saehook.kernels.triton.token_errors import squared_error
 from saehook.kernels.triton.token_sums import token_sums
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -94,6 +95,8 @@ def main() -> None:
         token_sums(values, rows, chosen)
         latent_sums(values, inputs, chosen, out, against=rows)
         latent_sums(values, inputs, chosen, out)
+        x_hat = torch.zeros(n, d_in, requires_grad=True)
+        squared_error(torch.zeros(n, d_in), x_hat).backward()
         weights = torch.nn.Parameter(out)
         weights.grad = torch.zeros_like(out)
         adam.remove_parallel_(weights.grad, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from builders import build_lm, byte_tokenizer
 
+if sys.platform != "linux":  # there is no Triton
+    collect_ignore = ["test_triton.py", "test_gpu_bench.py"]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from planted import SITE, planted
 from test_kernels import SELECTS, gradients, problem
+from test_synchronisation import Recorder
 from torch import Tensor, nn
+from triton.runtime import interpreter
 
-from saehook import kernels
+from saehook import kernels, losses
 from saehook.batches import InputFacts
 from saehook.config import BatchTopK, JumpReLU, Matryoshka, Method, MultiTopK, TopK, TrainConfig
 from saehook.kernels import block_maxima, reference, selection
@@ -205,6 +207,24 @@ def test_the_same_steps_as_torchs_adam(beta1):
     torch.testing.assert_close(results[1], results[0], rtol=2e-6, atol=1e-7)
 
 
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squared_error_and_variance(monkeypatch, dtype):
+    x = torch.randn(7, 21, dtype=dtype)
+    x_hat = torch.randn(7, 42, dtype=dtype)[:, :21].requires_grad_()  # rows that are not neighbours
+    expected = [losses.squared_error(x, x_hat) * 3, losses.total_variance(x)]
+    expected += torch.autograd.grad(expected[0], x_hat)
+    monkeypatch.setenv("SAEHOOK_KERNELS", "triton")
+    monkeypatch.setattr(Tensor, "square", None)  # a call would fail
+    got = [losses.squared_error(x, x_hat) * 3, losses.total_variance(x)]
+    got += torch.autograd.grad(got[0], x_hat)
+    torch.testing.assert_close(got, expected)
+    x[3, 2] = float("nan")
+    assert losses.squared_error(x, x_hat.detach()).isnan()
+
+
 # --- whole steps -----------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +263,58 @@ def test_a_run_trains_the_same(monkeypatch, name):
     torch.testing.assert_close(others, tensors, rtol=1e-4, atol=1e-6)
 
 
+class Launches(Recorder):
+    """Operations of a step that would wait on a GPU, and those that launch something; kernels in Triton by their names."""
+
+    FREE = frozenset(
+        "alias as_strided detach empty empty_like empty_strided expand lift_fresh new_empty permute _reshape_alias select slice "
+        "split squeeze t transpose unsqueeze _unsafe_view view".split()
+    )
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.kernels: list[str] = []
+        self.launched: list[str] = []
+        self.interpreting = False
+        run = interpreter.GridExecutor.__call__
+
+        def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
+            self.kernels.append(executor.fn.__name__)
+            self.interpreting = True
+            run(executor, *args, **kwargs)
+            self.interpreting = False
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.interpreting:
+            return func(*args, **(kwargs or {}))
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if name not in self.FREE:
+            self.launched.append(name)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_a_step_waits_for_nothing_and_launches_little(monkeypatch, name):
+    monkeypatch.setenv("SAEHOOK_KERNELS", "triton")
+    monkeypatch.setattr("saehook.kernels.device.ALWAYS_QUEUED", True)
+    x = planted(100)[0][:, :9]
+    config = TrainConfig(
+        site=SITE, activation=STEPS[name][0], d_sae=64, tokens=1000, batch_tokens=5, dead_after_tokens=10**6
+    )
+    run, scratch = SAERun(config, name, InputFacts.measure(x, SITE)), kernels.Scratch()
+    run.step({SITE: x[:5]}, scratch)
+    with Launches(monkeypatch) as found:
+        run.step({SITE: x[5:10]}, scratch)
+    assert found.waits == []
+    sums = ["_token_sums", "_segments", "_segments"]
+    chosen = ["_best_blocks", "_best_entries"] if name == "topk" else []
+    errors = ["_token_errors", "_differences", "_token_errors", "_token_errors"]
+    assert sorted(found.kernels) == sorted(sums + chosen + errors + ["_remove_parallel", "_adam_rows", "_adam_rows"])
+    assert len(found.launched) <= 140, found.launched
+
+
 def test_what_is_parallel_is_removed():
     rows, grad = torch.randn(5, 20, dtype=torch.float64), torch.randn(5, 20, dtype=torch.float64)
     rows /= rows.norm(dim=1, keepdim=True)
@@ -262,6 +334,7 @@ def test_every_kernel_compiles_for_an_h200_and_spills_no_registers():
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["kernel"] for line in compiled} == {
-        "_best_blocks", "_best_entries", "_token_sums", "_segments", "_add_spare", "_remove_parallel", "_adam_rows"
+        "_token_errors", "_differences", "_best_blocks", "_best_entries", "_token_sums", "_segments", "_add_spare",
+        "_remove_parallel", "_adam_rows",
     }  # fmt: skip
     assert [line for line in compiled if line["spilled"] or line["registers"] > 128] == []

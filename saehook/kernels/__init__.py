@@ -59,6 +59,7 @@ __all__ = [
     "remove_parallel_",
     "selected",
     "some_at_a_time",
+    "squared_error",
     "topk",
     "uses_triton",
 ]
@@ -121,6 +122,13 @@ def remove_parallel_(grad: Tensor, rows: Tensor) -> None:
     from saehook.kernels.triton import adam
 
     adam.remove_parallel_(grad, rows)
+
+
+def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
+    """`losses.squared_error` of an `x` without gradient, where `uses_triton`."""
+    from saehook.kernels.triton import token_errors
+
+    return token_errors.squared_error(x, x_hat)
 
 
 def adam_rows_(optimizer: torch.optim.Adam, taken: Tensor, factor: Tensor | None, unit: Tensor | None) -> bool:

@@ -50,7 +50,7 @@ class Selection:
         that do not exist the latent is d_sae.
         """
         starts = self.by_latent[1]
-        ends = ((starts[1:] - starts[:-1] + SEGMENT - 1) // SEGMENT).clamp(min=1).cumsum(0)
+        ends = (((starts[1:] + (SEGMENT - 1)) - starts[:-1]) // SEGMENT).clamp(min=1).cumsum(0)
         n_spare = len(self.latents) // SEGMENT
         places = torch.arange(self.d_sae + n_spare, device=ends.device)
         spare_ends = ends - places[: self.d_sae] - 1

@@ -140,7 +140,7 @@ def check(s: Setting, device: torch.device) -> dict[str, float]:
         found.append([x_hat, *torch.autograd.grad(loss, weights)])
     names = ("x_hat", "d_W_enc", "d_b_enc", "d_W_dec", "d_b_dec")
     errors = {
-        name: float((got.detach() - expected.detach()).norm() / expected.norm())
+        name: float(((got - expected).norm() / expected.norm()).detach())
         for name, expected, got in zip(names, *found, strict=True)
     }
     assert all(error <= TOLERANCE for error in errors.values()), errors

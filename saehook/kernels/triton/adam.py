@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saehook.kernels.triton.tiles import LAUNCH, constexpr
+from saehook.kernels.triton.tiles import LAUNCH, constexpr, on
 
 
 def remove_parallel_(grad: Tensor, rows: Tensor) -> None:
@@ -19,7 +19,8 @@ def remove_parallel_(grad: Tensor, rows: Tensor) -> None:
     assert rows.is_contiguous()
     n, width = rows.shape
     columns = triton.next_power_of_2(width)
-    _remove_parallel[(n,)](grad, rows, width, COLUMNS=columns, **_launch(columns))
+    with on(rows):
+        _remove_parallel[(n,)](grad, rows, width, COLUMNS=columns, **_launch(columns))
 
 
 def adam_rows_(adam: torch.optim.Adam, taken: Tensor, factor: Tensor | None = None, unit: Tensor | None = None) -> bool:
@@ -44,23 +45,24 @@ def adam_rows_(adam: torch.optim.Adam, taken: Tensor, factor: Tensor | None = No
         tensors = rows.detach(), rows.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"]
         assert all(tensor.is_contiguous() for tensor in tensors)
         columns = triton.next_power_of_2(rows.shape[1])
-        _adam_rows[(len(rows),)](
-            *tensors,
-            state["step"],
-            taken,
-            state["step"] if factor is None else factor,
-            rows.shape[1],
-            group["lr"],
-            1 - beta1,  # as a float32 0.999 is off by a hundred-thousandth of what it lacks to 1
-            1 - beta2,
-            _log(beta1),
-            _log(beta2),
-            group["eps"],
-            SCALED=factor is not None,
-            UNIT=rows is unit,
-            COLUMNS=columns,
-            **_launch(columns),
-        )
+        with on(rows):
+            _adam_rows[(len(rows),)](
+                *tensors,
+                state["step"],
+                taken,
+                state["step"] if factor is None else factor,
+                rows.shape[1],
+                group["lr"],
+                1 - beta1,  # as a float32 0.999 is off by a hundred-thousandth of what it lacks to 1
+                1 - beta2,
+                _log(beta1),
+                _log(beta2),
+                group["eps"],
+                SCALED=factor is not None,
+                UNIT=rows is unit,
+                COLUMNS=columns,
+                **_launch(columns),
+            )
         rows.grad = None
         stepped_unit |= rows is unit
     return stepped_unit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saehook.kernels.triton.tiles import LAUNCH, constexpr
+from saehook.kernels.triton.tiles import LAUNCH, constexpr, on
 
 NEIGHBOURS = 8
 """Entries side by side that belong to one block: 16 bytes of bfloat16, the widest load of a thread."""
@@ -51,10 +51,14 @@ def block_topk(pre_acts: Tensor, k: int) -> Tensor:
     n_blocks = max(triton.next_power_of_2(triton.cdiv(d_sae, size)), 2)
     sizes = {"SIDE": NEIGHBOURS, "BLOCKS": n_blocks, "BITS": BITS[pre_acts.dtype], "num_warps": 8, **LAUNCH}
     blocks = torch.empty(n_tokens, k, dtype=torch.int32, device=pre_acts.device)
-    _best_blocks[(n_tokens,)](pre_acts, blocks, d_sae, k, STRIPES=triton.cdiv(d_sae, n_blocks * NEIGHBOURS), **sizes)
+    with on(pre_acts):
+        _best_blocks[(n_tokens,)](
+            pre_acts, blocks, d_sae, k, STRIPES=triton.cdiv(d_sae, n_blocks * NEIGHBOURS), **sizes
+        )
     latents = torch.empty(n_tokens, k, dtype=torch.int64, device=pre_acts.device)
     candidates = triton.next_power_of_2(k) * size
-    _best_entries[(n_tokens,)](pre_acts, blocks, latents, d_sae, k, SIZE=size, CANDIDATES=candidates, **sizes)
+    with on(pre_acts):
+        _best_entries[(n_tokens,)](pre_acts, blocks, latents, d_sae, k, SIZE=size, CANDIDATES=candidates, **sizes)
     return latents
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saehook.kernels.selection import SEGMENT, Selection
-from saehook.kernels.triton.tiles import LAUNCH, columns_at_once, constexpr, rows_at_once, sum_dtype
+from saehook.kernels.triton.tiles import LAUNCH, columns_at_once, constexpr, on, rows_at_once, sum_dtype
 
 
 class LatentSums(NamedTuple):
@@ -49,42 +49,44 @@ def latent_sums(
     spare = spare if out is not None else spare[:0]
     dots = weights.new_empty(tiles if against is not None else 0, n_pairs)
     sizes = {"SEGMENT": SEGMENT, "COLUMNS": columns, "SUM": sum_dtype(weights, rows), **LAUNCH}
-    _segments[(len(segment_latents), tiles)](
-        total if out is None else out,
-        spare,
-        total,
-        spare_total,
-        dots,
-        rows,
-        weights,
-        rows if against is None else against.contiguous(),
-        selection.tokens,
-        order if ordered else starts,
-        starts,
-        segment_latents,
-        segment_ends,
-        width,
-        selection.d_sae,
-        n_pairs,
-        ORDERED=ordered,
-        SUMMED=out is not None,
-        DOTS=against is not None,
-        ROWS=rows_at_once(columns),
-        **sizes,
-    )
-    if n_spare:
-        _add_spare[(n_spare, tiles)](
+    with on(total):
+        _segments[(len(segment_latents), tiles)](
             total if out is None else out,
             spare,
             total,
             spare_total,
+            dots,
+            rows,
+            weights,
+            rows if against is None else against.contiguous(),
+            selection.tokens,
+            order if ordered else starts,
+            starts,
+            segment_latents,
             segment_ends,
-            spare_latents,
             width,
             selection.d_sae,
+            n_pairs,
+            ORDERED=ordered,
             SUMMED=out is not None,
+            DOTS=against is not None,
+            ROWS=rows_at_once(columns),
             **sizes,
         )
+    if n_spare:
+        with on(total):
+            _add_spare[(n_spare, tiles)](
+                total if out is None else out,
+                spare,
+                total,
+                spare_total,
+                segment_ends,
+                spare_latents,
+                width,
+                selection.d_sae,
+                SUMMED=out is not None,
+                **sizes,
+            )
     return LatentSums(total, None if against is None else dots[0] if tiles == 1 else dots.sum(0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,11 @@ WIDEST = 512
 """Columns of a row that one program treats at most, where it sums many rows."""
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 """What every launch says: a · b + c may be rounded once. Triton's default is to change."""
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches within go to the device of `x`; Triton's go to the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def columns_at_once(width: int) -> int:

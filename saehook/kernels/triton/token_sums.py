@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saehook.kernels.selection import Selection
-from saehook.kernels.triton.tiles import LAUNCH, columns_at_once, constexpr, rows_at_once, sum_dtype
+from saehook.kernels.triton.tiles import LAUNCH, columns_at_once, constexpr, on, rows_at_once, sum_dtype
 
 
 def token_sums(values: Tensor, rows: Tensor, selection: Selection) -> Tensor:
@@ -19,20 +19,21 @@ def token_sums(values: Tensor, rows: Tensor, selection: Selection) -> Tensor:
     ordered = not isinstance(order, slice)
     out = torch.empty(selection.n_tokens, width, dtype=values.dtype, device=values.device)
     columns = columns_at_once(width)
-    _token_sums[(selection.n_tokens, triton.cdiv(width, columns))](
-        out,
-        rows,
-        values.contiguous(),
-        selection.latents,
-        order if ordered else starts,
-        starts,
-        width,
-        ORDERED=ordered,
-        COLUMNS=columns,
-        ROWS=rows_at_once(columns),
-        SUM=sum_dtype(values, rows),
-        **LAUNCH,
-    )
+    with on(out):
+        _token_sums[(selection.n_tokens, triton.cdiv(width, columns))](
+            out,
+            rows,
+            values.contiguous(),
+            selection.latents,
+            order if ordered else starts,
+            starts,
+            width,
+            ORDERED=ordered,
+            COLUMNS=columns,
+            ROWS=rows_at_once(columns),
+            SUM=sum_dtype(values, rows),
+            **LAUNCH,
+        )
     return out
 
 
