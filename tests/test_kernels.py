@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saehook import activation_fns, kernels
 from saehook.errors import ArgumentError
-from saehook.kernels import reference, selection, sparse
+from saehook.kernels import dense_pairs, reference, selection, sparse
 
 
 def problem(n: int, d_in: int, d_sae: int, shift: float = 0.0) -> list[Tensor]:
@@ -45,6 +45,7 @@ def autoencode(kernel, x: Tensor, weights: list[Tensor], select) -> tuple[Tensor
 SELECTS = {"topk": kernels.topk, "batch_topk": kernels.batch_topk}
 
 
+@pytest.mark.parametrize("version", [sparse, dense_pairs])
 @pytest.mark.parametrize("rule", SELECTS)
 @pytest.mark.parametrize(
     ("n", "d_in", "d_sae", "k", "shift"),
@@ -57,13 +58,13 @@ SELECTS = {"topk": kernels.topk, "batch_topk": kernels.batch_topk}
         (5, 3, 9, 2, -1e3),  # nothing fires
     ],
 )
-def test_sparse_agrees_with_the_definition(rule, n, d_in, d_sae, k, shift):
+def test_sums_over_pairs_agree_with_the_definition(version, rule, n, d_in, d_sae, k, shift):
     def select(pre_acts: Tensor) -> kernels.Selection:
         return SELECTS[rule](pre_acts, k)
 
     tensors = problem(n, d_in, d_sae, shift)
     dense_out, dense_grads = gradients(reference, tensors, select)
-    sparse_out, sparse_grads = gradients(sparse, tensors, select)
+    sparse_out, sparse_grads = gradients(version, tensors, select)
     torch.testing.assert_close(sparse_out, dense_out, rtol=1e-9, atol=1e-9)
     for got, expected in zip(sparse_grads, dense_grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
@@ -219,14 +220,14 @@ def test_choice_and_its_reason(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="saehook"):
         cpu, gpu = torch.device("cpu"), torch.device("cuda")
         assert [kernels.choose(d_sae, 32, cpu) for d_sae in (4096, 4096, 64)] == ["sparse", "sparse", "reference"]
-        assert [kernels.choose(d_sae, 32, gpu) for d_sae in (4096, 64)] == ["triton", "reference"]
+        assert [kernels.choose(d_sae, 32, gpu) for d_sae in (4096, 8192)] == ["dense", "triton"]
         monkeypatch.setenv("SAEHOOK_KERNELS", "reference")
         assert kernels.choose(4096, 32, gpu) == "reference"
         monkeypatch.setenv("SAEHOOK_KERNELS", "triton")
         assert kernels.choose(64, 32, gpu) == "triton"
     assert len(caplog.records) == 5
     assert "sparse kernels, because d_sae / k >= 8\n" in caplog.text
-    assert "triton kernels, because d_sae / k >= 8 on a GPU" in caplog.text
+    assert "triton kernels, because d_sae / k >= 132 on a GPU" in caplog.text
 
 
 def test_what_cannot_be_had_is_an_error(monkeypatch):

@@ -2,13 +2,13 @@
 accelerators `triton`.
 
 Where k latents a token are kept the choice is made from the sizes: sums over the selected pairs cost k / d_sae of a dense
-product each, but run slower per operation, so the sparse version is taken where d_sae >= 8 k. On a GPU this is the one of
-`triton`, where that is installed, which selects and steps the optimiser with kernels of its own, too. Where a penalty decides
-how many fire it is made in each step from their number; on a GPU, where that is not to be read, the dense version is taken
-always. Where a step would hold too many pre-activations, or the weights are not to be there whole in float32, it encodes some
-latents at a time (`running`, `by_rows`). At inference, `encode_topk` and `encode_above` keep only what fires, where an SAE is so
-wide that [tokens, d_sae] would fill the memory (`by_blocks`). The environment variable SAEHOOK_KERNELS=reference, sparse,
-dense or triton overrides all.
+product each, but run slower per operation, so the sparse version is taken where d_sae >= 8 k. On a GPU products are so fast that
+they are taken below d_sae = 132 k (`dense_pairs`), and from there on the version of `triton`, where that is installed; then
+selection, loss and optimiser have kernels of their own, too. Where a penalty decides how many fire it is made in each step from
+their number; on a GPU, where that is not to be read, the dense version is taken always. Where a step would hold too many
+pre-activations, or the weights are not to be there whole in float32, it encodes some latents at a time (`running`, `by_rows`). At
+inference, `encode_topk` and `encode_above` keep only what fires, where an SAE is so wide that [tokens, d_sae] would fill the
+memory (`by_blocks`). The environment variable SAEHOOK_KERNELS=reference, sparse, dense or triton overrides all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saehook.kernels import by_rows, dense, product, reference, running, sparse
+from saehook.kernels import by_rows, dense, dense_pairs, product, reference, running, sparse
 from saehook.kernels.blockwise import encode_above, encode_topk
 from saehook.kernels.by_rows import RowsParameter, add_product
 from saehook.kernels.choice import forced as _forced
@@ -66,6 +66,9 @@ __all__ = [
 
 SPARSE_FROM = 8
 """d_sae / k from which the sparse version is taken: where both cost the same on a CPU, within the noise."""
+SPARSE_FROM_CUDA = 132
+"""The same on an H200, counted and not measured: from there on reading k rows of bfloat16 from the cache (6 TB/s) takes less
+time than d_sae of a product (790 TFLOP/s)."""
 SPARSE_SHARE = 1 / 16
 """Share of the pairs up to which `autoencode` is sparse. On a CPU sums cost as much as products at 1 / 8 (measured at
 768 -> 16384 and 256 -> 4096), but with their lists and numbers each pair takes some 80 bytes."""
@@ -92,7 +95,7 @@ def encode(
     version = choose(b_enc.shape[0], k, x.device)
     if version == "reference":
         return reference.encode(x, W_enc, b_enc, b_dec, select)
-    return _sparse(version).encode(x, W_enc, b_enc, b_dec, select, scratch)
+    return _over_pairs(version).encode(x, W_enc, b_enc, b_dec, select, scratch)
 
 
 def decode(values: Tensor, W_dec: Tensor, selection: Selection, *, k: int, scratch: Scratch | None = None) -> Tensor:
@@ -105,11 +108,13 @@ def decode(values: Tensor, W_dec: Tensor, selection: Selection, *, k: int, scrat
     version = choose(selection.d_sae, k, values.device)
     if version == "reference":
         return reference.decode(values, W_dec, selection)
-    return _sparse(version).decode(values, W_dec, selection, scratch)
+    return _over_pairs(version).decode(values, W_dec, selection, scratch)
 
 
-def _sparse(version: str) -> Any:
-    """The module of that name; Triton is imported when it is needed."""
+def _over_pairs(version: str) -> Any:
+    """The module of that version; Triton is imported when it is needed."""
+    if version == "dense":
+        return dense_pairs
     if version == "triton":
         from saehook.kernels.triton import sparse as module
 
@@ -191,7 +196,7 @@ def selected(
     """The pre-activations `values` [m] of pairs, however they were found, of `centred` = x - `b_dec`, with their gradients."""
     if isinstance(W_enc, RowsParameter):
         return by_rows.selected(values, centred, W_enc, b_enc, b_dec, selection)
-    module = _sparse("triton" if uses_triton(values.device) else "sparse")
+    module = _over_pairs("triton" if uses_triton(values.device) else "sparse")
     return module.selected(values, centred, W_enc, b_enc, b_dec, selection, scratch)
 
 
@@ -226,14 +231,15 @@ def _autoencode_some_at_a_time(
 
 
 def choose(d_sae: int, k: int, device: torch.device) -> str:
-    """`reference`, `sparse` or `triton`, where k latents a token are kept; the reason goes to the log, once."""
-    name = _forced()
-    if name in {"reference", "sparse"} or (name == "triton" and uses_triton(device)):
+    """The version that is taken where k latents a token are kept; the reason goes to the log, once."""
+    if (name := _forced()) and (name != "triton" or uses_triton(device)):
         return _log_once(name, f"SAEHOOK_KERNELS={name}")
+    if device.type == "cuda" and d_sae < SPARSE_FROM_CUDA * k:
+        return _log_once("dense", f"d_sae / k < {SPARSE_FROM_CUDA} on a GPU")
     if d_sae < SPARSE_FROM * k:
         return _log_once("reference", f"d_sae / k < {SPARSE_FROM}")
     if uses_triton(device):
-        return _log_once("triton", f"d_sae / k >= {SPARSE_FROM} on a GPU, with Triton installed")
+        return _log_once("triton", f"d_sae / k >= {SPARSE_FROM_CUDA} on a GPU, with Triton installed")
     return _log_once("sparse", f"d_sae / k >= {SPARSE_FROM}")
 
 
