@@ -40,6 +40,7 @@ def test_the_benchmark_runs(tmp_path):
     assert steps["sparsify"] == steps["sparsify"] | {"missing": True}
     for part in limits(SETTINGS["gpt2"]):
         assert part == "total" or steps[part]["times_limit"] > 0
+    assert steps["check"]["agrees"]
     assert max(steps["check"][name] for name in ("x_hat", "d_W_enc", "d_b_enc", "d_W_dec", "d_b_dec")) < 1e-5
     recorded = json.loads(file.read_text())
     assert len(recorded) == len(entries)

@@ -42,8 +42,8 @@ def test_kernels_agree_with_the_definition():
     import bench_gpu_step
 
     for d_in, d_sae, k in ((768, 8192, 32), (301, 4100, 5), (2304, 4096, 64)):
-        errors = bench_gpu_step.check(bench_gpu_step.Setting(d_in, d_sae, k, 512), torch.device("cuda"))
-        assert max(errors.values()) < bench_gpu_step.TOLERANCE
+        found = bench_gpu_step.check(bench_gpu_step.Setting(d_in, d_sae, k, 512), torch.device("cuda"))
+        assert found["agrees"], found
 
 
 @pytest.mark.parametrize("d_sae", [4096, 24576, 65536, 131072])
