@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.append(str(Path(__file__).parent / "bench"))
 
 import bench_gpu_step
 import gpu_end_to_end
+import pytest
 import torch
 from step_limits import SETTINGS, Machine, limits
 

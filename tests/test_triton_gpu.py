@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +13,6 @@ from saehook import kernels
 from saehook.batches import InputFacts
 from saehook.config import BatchTopK, JumpReLU, Matryoshka, Method, MultiTopK, ReLU, TopK, TrainConfig
 from saehook.sae_run import SAERun
-
-sys.path.append(str(Path(__file__).parent / "bench"))
 
 pytestmark = pytest.mark.gpu
 METHODS: dict[str, tuple[Method, dict[str, Any]]] = {

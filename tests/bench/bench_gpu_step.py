@@ -186,9 +186,9 @@ def measure(s: Setting, device: torch.device, a: argparse.Namespace) -> Iterator
             if a.graph and version == "triton" and device.type == "cuda":
                 yield {"what": "triton, graph", **graphed(run, scratch, fresh, a.repeats)}
         del run, scratch
-    if a.peers:
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    if a.peers:
         for name in ("sparsify", "dictionary_learning"):
             if importlib.util.find_spec(name) is None:
                 yield {"what": name, "missing": True}
@@ -213,11 +213,12 @@ def forced(version: str) -> Iterator[None]:
     """That version of the kernels."""
     before = os.environ.get("SAEHOOK_KERNELS")
     os.environ["SAEHOOK_KERNELS"] = version
-    yield
-    if before is None:
+    try:
+        yield
+    finally:
         del os.environ["SAEHOOK_KERNELS"]
-    else:
-        os.environ["SAEHOOK_KERNELS"] = before
+        if before is not None:
+            os.environ["SAEHOOK_KERNELS"] = before
 
 
 def make_run(s: Setting, x: Tensor) -> SAERun:
@@ -232,20 +233,20 @@ def timed(step: Callable[[Tensor], object], fresh: Callable[[], Tensor], repeats
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+
+    def now() -> Any:
+        if not cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     spans: list[tuple[Any, Any]] = []
     for _ in range(WARM_UP + repeats):
         x = fresh()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if cuda else (0.0, 0.0)
-        if cuda:
-            begin.record()
-        else:
-            begin = time.perf_counter()
+        begin = now()
         step(x)
-        if cuda:
-            end.record()
-        else:
-            end = time.perf_counter()
-        spans.append((begin, end))
+        spans.append((begin, now()))
     if cuda:
         torch.cuda.synchronize()
     seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in spans[WARM_UP:]]

@@ -55,9 +55,10 @@ def make_lm(device: torch.device, tiny: bool) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"n_embd": TINY.d_in, "n_head": 2, "n_layer": 9, "vocab_size": 100} if tiny else {}
+    sizes: dict[str, Any] = {"n_embd": TINY.d_in, "n_head": 2, "n_layer": 9, "vocab_size": 100} if tiny else {}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return GPT2LMHeadModel(GPT2Config(**sizes)).eval().to(device, dtype)
+    lm: Any = GPT2LMHeadModel(GPT2Config(**sizes))
+    return lm.eval().to(device, dtype)
 
 
 def windows(lm: Any) -> Iterator[Tensor]:
