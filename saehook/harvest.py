@@ -32,7 +32,7 @@ from saehook.model_input import image_batch, takes_text
 from saehook.tokenization import WindowCutter, is_outlier, keep_mask, special_ids
 
 TOKENS_PER_FORWARD = 4096
-TOKENS_PER_FORWARD_QUEUED = 2**15
+TOKENS_PER_FORWARD_QUEUED = 2**14
 """The same on a GPU, where each pass has work for the host, too, and small ones do not fill the device."""
 MEDIAN_TOKENS = 4096
 """Tokens at the start of the text whose norms set the median of a `MaskRule`."""

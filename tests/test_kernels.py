@@ -225,7 +225,7 @@ def test_choice_and_its_reason(monkeypatch, caplog):
         assert kernels.choose(4096, 32, gpu) == "reference"
         monkeypatch.setenv("SAEHOOK_KERNELS", "triton")
         assert kernels.choose(64, 32, gpu) == "triton"
-    assert len(caplog.records) == 5
+    assert len(caplog.records) == 6
     assert "sparse kernels, because d_sae / k >= 8\n" in caplog.text
     assert "triton kernels, because d_sae / k >= 132 on a GPU" in caplog.text
 

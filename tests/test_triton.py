@@ -297,14 +297,14 @@ class Launches(Recorder):
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk"])
 def test_a_step_waits_for_nothing_and_launches_little(monkeypatch, name):
-    monkeypatch.setenv("SAEHOOK_KERNELS", "triton")
     monkeypatch.setattr("saehook.kernels.device.ALWAYS_QUEUED", True)
     x = planted(100)[0][:, :9]
     config = TrainConfig(
-        site=SITE, activation=STEPS[name][0], d_sae=64, tokens=1000, batch_tokens=5, dead_after_tokens=10**6
+        site=SITE, activation=STEPS[name][0], d_sae=32, tokens=1000, batch_tokens=5, dead_after_tokens=10**6
     )
     run, scratch = SAERun(config, name, InputFacts.measure(x, SITE)), kernels.Scratch()
-    run.step({SITE: x[:5]}, scratch)
+    run.step({SITE: x[:5]}, scratch)  # now what the optimiser keeps is there
+    monkeypatch.setenv("SAEHOOK_KERNELS", "triton")
     with Launches(monkeypatch) as found:
         run.step({SITE: x[5:10]}, scratch)
     assert found.waits == []

@@ -242,14 +242,15 @@ def timed(step: Callable[[Tensor], object], fresh: Callable[[], Tensor], repeats
         return event
 
     spans: list[tuple[Any, Any]] = []
-    for _ in range(WARM_UP + repeats):
+    warm_up = min(WARM_UP, repeats)
+    for _ in range(warm_up + repeats):
         x = fresh()
         begin = now()
         step(x)
         spans.append((begin, now()))
     if cuda:
         torch.cuda.synchronize()
-    seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in spans[WARM_UP:]]
+    seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in spans[warm_up:]]
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {"seconds": statistics.median(seconds), "quartiles": [quartiles[0], quartiles[2]], "repeats": len(seconds)}
 
