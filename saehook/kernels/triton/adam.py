@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saehook.kernels.triton.tiles import LAUNCH, constexpr, on
+from saehook.kernels.triton.tiles import LAUNCH, constexpr, on, power_of_two
 
 
 def remove_parallel_(grad: Tensor, rows: Tensor) -> None:
@@ -18,7 +18,7 @@ def remove_parallel_(grad: Tensor, rows: Tensor) -> None:
     assert grad.is_contiguous()
     assert rows.is_contiguous()
     n, width = rows.shape
-    columns = triton.next_power_of_2(width)
+    columns = power_of_two(width)
     with on(rows):
         _remove_parallel[(n,)](grad, rows, width, COLUMNS=columns, **_launch(columns))
 
@@ -44,7 +44,7 @@ def adam_rows_(adam: torch.optim.Adam, taken: Tensor, factor: Tensor | None = No
         state["step"] += taken
         tensors = rows.detach(), rows.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"]
         assert all(tensor.is_contiguous() for tensor in tensors)
-        columns = triton.next_power_of_2(rows.shape[1])
+        columns = power_of_two(rows.shape[1])
         with on(rows):
             _adam_rows[(len(rows),)](
                 *tensors,

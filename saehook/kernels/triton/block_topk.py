@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saehook.kernels.triton.tiles import LAUNCH, constexpr, on
+from saehook.kernels.triton.tiles import LAUNCH, constexpr, on, parts, power_of_two
 
 NEIGHBOURS = 8
 """Entries side by side that belong to one block: 16 bytes of bfloat16, the widest load of a thread."""
@@ -27,7 +27,7 @@ BITS = {torch.bfloat16: 16, torch.float32: 32}
 def block_size(d_sae: int, k: int) -> int:
     """Entries in a block, a power of two: about √(d_sae / k), where both kernels have equally many to compare."""
     size = NEIGHBOURS
-    while size * size < d_sae / k or triton.cdiv(d_sae, size) > MOST_BLOCKS:
+    while size * size < d_sae / k or parts(d_sae, size) > MOST_BLOCKS:
         size *= 2
     return size
 
@@ -36,8 +36,8 @@ def applies(pre_acts: Tensor, k: int) -> bool:
     """Whether blocks fit: enough more than k of them, and few enough entries in k."""
     d_sae = pre_acts.shape[1]
     size = block_size(d_sae, k)
-    few = triton.next_power_of_2(k) * size <= MOST_CANDIDATES
-    return pre_acts.dtype in BITS and few and triton.cdiv(d_sae, size) >= 2 * k
+    few = power_of_two(k) * size <= MOST_CANDIDATES
+    return pre_acts.dtype in BITS and few and parts(d_sae, size) >= 2 * k
 
 
 def block_topk(pre_acts: Tensor, k: int) -> Tensor:
@@ -48,15 +48,13 @@ def block_topk(pre_acts: Tensor, k: int) -> Tensor:
     pre_acts = pre_acts.contiguous()
     n_tokens, d_sae = pre_acts.shape
     size = block_size(d_sae, k)
-    n_blocks = max(triton.next_power_of_2(triton.cdiv(d_sae, size)), 2)
+    n_blocks = max(power_of_two(parts(d_sae, size)), 2)
     sizes = {"SIDE": NEIGHBOURS, "BLOCKS": n_blocks, "BITS": BITS[pre_acts.dtype], "num_warps": 8, **LAUNCH}
     blocks = torch.empty(n_tokens, k, dtype=torch.int32, device=pre_acts.device)
     with on(pre_acts):
-        _best_blocks[(n_tokens,)](
-            pre_acts, blocks, d_sae, k, STRIPES=triton.cdiv(d_sae, n_blocks * NEIGHBOURS), **sizes
-        )
+        _best_blocks[(n_tokens,)](pre_acts, blocks, d_sae, k, STRIPES=parts(d_sae, n_blocks * NEIGHBOURS), **sizes)
     latents = torch.empty(n_tokens, k, dtype=torch.int64, device=pre_acts.device)
-    candidates = triton.next_power_of_2(k) * size
+    candidates = power_of_two(k) * size
     with on(pre_acts):
         _best_entries[(n_tokens,)](pre_acts, blocks, latents, d_sae, k, SIZE=size, CANDIDATES=candidates, **sizes)
     return latents

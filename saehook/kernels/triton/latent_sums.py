@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saehook.kernels.selection import SEGMENT, Selection
-from saehook.kernels.triton.tiles import LAUNCH, columns_at_once, constexpr, on, rows_at_once, sum_dtype
+from saehook.kernels.triton.tiles import LAUNCH, columns_at_once, constexpr, on, parts, rows_at_once, sum_dtype
 
 
 class LatentSums(NamedTuple):
@@ -41,7 +41,7 @@ def latent_sums(
     segment_latents, segment_ends, spare_latents = selection.segments
     ordered = not isinstance(order, slice)
     columns = columns_at_once(width)
-    tiles = triton.cdiv(width, columns)
+    tiles = parts(width, columns)
     n_spare = len(spare_latents)
     total = torch.empty(selection.d_sae, dtype=weights.dtype, device=device)
     spare_total = torch.empty(n_spare, dtype=weights.dtype, device=device)

@@ -6,7 +6,6 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -26,11 +25,21 @@ def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def parts(width: int, size: int) -> int:
+    """How many parts of `size` cover `width`."""
+    return -(-width // size)
+
+
+def power_of_two(n: int) -> int:
+    """The least one that is not less than `n`, at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def columns_at_once(width: int) -> int:
     """Columns of rows of `width` in one program: the power of two that leaves the fewest lanes idle, rather a large one."""
     if width <= WIDEST:
-        return max(16, triton.next_power_of_2(width))
-    return min((WIDEST, WIDEST // 2), key=lambda size: triton.cdiv(width, size) * size)
+        return max(16, power_of_two(width))
+    return min((WIDEST, WIDEST // 2), key=lambda size: parts(width, size) * size)
 
 
 def rows_at_once(columns: int) -> int:

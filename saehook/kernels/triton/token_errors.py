@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saehook.kernels.triton.tiles import LAUNCH, constexpr, on, sum_dtype
+from saehook.kernels.triton.tiles import LAUNCH, constexpr, on, power_of_two, sum_dtype
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def _sizes(x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
 
 
 def _launch(x: Tensor) -> dict[str, Any]:
-    columns = triton.next_power_of_2(x.shape[1])
+    columns = power_of_two(x.shape[1])
     return {"COLUMNS": columns, "num_warps": max(1, min(16, columns // 256)), **LAUNCH}
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saehook.kernels.selection import Selection
-from saehook.kernels.triton.tiles import LAUNCH, columns_at_once, constexpr, on, rows_at_once, sum_dtype
+from saehook.kernels.triton.tiles import LAUNCH, columns_at_once, constexpr, on, parts, rows_at_once, sum_dtype
 
 
 def token_sums(values: Tensor, rows: Tensor, selection: Selection) -> Tensor:
@@ -20,7 +20,7 @@ def token_sums(values: Tensor, rows: Tensor, selection: Selection) -> Tensor:
     out = torch.empty(selection.n_tokens, width, dtype=values.dtype, device=values.device)
     columns = columns_at_once(width)
     with on(out):
-        _token_sums[(selection.n_tokens, triton.cdiv(width, columns))](
+        _token_sums[(selection.n_tokens, parts(width, columns))](
             out,
             rows,
             values.contiguous(),
