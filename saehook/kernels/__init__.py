@@ -22,6 +22,7 @@ from torch import Tensor
 from saehook.kernels import by_rows, dense, product, reference, running, sparse
 from saehook.kernels.blockwise import encode_above, encode_topk
 from saehook.kernels.by_rows import RowsParameter, add_product
+from saehook.kernels.comparison import ones_above
 from saehook.kernels.device import queued
 from saehook.kernels.reference import Activated, Autoencoded, Encoded, Rule, Select
 from saehook.kernels.running import Largest, Pairs, largest_of_batch, largest_of_each_token
@@ -51,6 +52,7 @@ __all__ = [
     "is_wide",
     "largest_of_batch",
     "largest_of_each_token",
+    "ones_above",
     "queued",
     "selected",
     "some_at_a_time",
