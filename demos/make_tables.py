@@ -58,7 +58,7 @@ def speed() -> str:
 
 def training() -> str:
     """The newest recorded run of tests/bench/bench_train_step.py."""
-    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("train_step_*.json"))[-1]
+    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("train_step_cpu*.json"))[-1]
     rows = json.loads(file.read_text())
     lines = [
         "| method | tokens a step | latents that fire | a step, × the encoder's product | memory, × the pre-activations |",
