@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saehook import kernels
 from saehook.devices import ONE_DEVICE, OneDevice
-from saehook.kernels import RowsParameter
 from saehook.row_adam import RowAdam
 
 ROWS_AT_ONCE = 2048
@@ -77,7 +77,7 @@ class DecoderConstrainedAdam:
         here, `eight_bit` says how their moments are kept, and `seed` is of their rounding.
         """
         self.devices = devices
-        rows = {name: p for name, p in parameters.items() if isinstance(p, RowsParameter)}
+        rows = {name: p for name, p in parameters.items() if isinstance(p, kernels.RowsParameter)}
         self.rows: RowAdam | None = None
         if rows:
             assert latents is not None
@@ -116,7 +116,8 @@ class DecoderConstrainedAdam:
         norm = self.devices.gradient_norm(self.parameters)
         if self.rows is not None:
             norm = (norm.square() + self.devices.sum_latents(self.rows.square(), "scalars")).sqrt()
-        if self.clip_norm > 0:
+        # On a CPU, where the norm may be read, gradients that are short enough are not multiplied by 1.
+        if self.clip_norm > 0 and (kernels.queued(norm.device) or norm + 1e-6 > self.clip_norm):
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, norm)
         taken = norm.isfinite() if allowed is None else norm.isfinite() & allowed
         if self.rows is not None:
