@@ -107,7 +107,8 @@ def test_auxk_has_four_products_of_the_dead_and_no_more(monkeypatch, name):
     monkeypatch.delenv("SAEHOOK_KERNELS", raising=False)
     dead = 150
     products, work = counted(stepper(name, dead=dead))
-    assert products == PRODUCT + 4 * PRODUCT * dead // D_SAE
+    to_b_dec = 2 * D_IN * dead
+    assert products == PRODUCT + 4 * (2 * TOKENS * D_IN * dead) + to_b_dec
     assert work.row_sums <= 4 * 2 * TOKENS * K * D_IN, "no sums over their pairs"
     assert max(work.allocated) < PRE_ACTS
     assert work.allocated[MATRIX] == 0

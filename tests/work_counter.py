@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
-VIEWS = {
-    "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty", "permute", "select",
-    "slice", "split", "squeeze", "t", "transpose", "unsqueeze", "view",
-}  # fmt: skip
+VIEWS = frozenset(
+    "_unsafe_view alias as_strided detach empty empty_like empty_strided expand new_empty permute select slice split squeeze t "
+    "transpose unsqueeze view".split()
+)
 """Operations that start nothing on a device."""
 
 
