@@ -12,7 +12,7 @@ from saehook import kernels
 from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.row_adam import RowAdam
 
-ROWS_AT_ONCE = 2048
+ROWS_AT_ONCE = 1024
 """Rows that are projected or normalised together: few enough to stay in a CPU's cache."""
 
 

@@ -175,7 +175,7 @@ def growth(d_in: int, repeats: int, clock: Callable[[], float]) -> Iterator[dict
             }
 
 
-def stages(run: SAERun, x: Tensor, scratch: Scratch, steps: int = 3) -> dict[str, float]:
+def stages(run: SAERun, x: Tensor, scratch: Scratch, steps: int = 2) -> dict[str, float]:
     """Median seconds of the parts of a step; what is no other part is `backward`, with the sums that tell whether all is finite."""
     found: dict[str, list[float]] = {}
 
