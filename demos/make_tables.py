@@ -58,7 +58,7 @@ def speed() -> str:
 
 def training() -> str:
     """The newest recorded run of tests/bench/bench_train_step.py."""
-    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("train_step_*.json"))[-1]
+    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("train_step_cpu*.json"))[-1]
     rows = json.loads(file.read_text())
     lines = [
         "| method | tokens a step | latents that fire | a step, × the encoder's product | memory, × the pre-activations |",
@@ -74,6 +74,42 @@ def training() -> str:
         "interleaved run of `python tests/bench/bench_train_step.py`."
     )
     return "\n".join(lines)
+
+
+def peers() -> str:
+    """The newest recorded run of tests/bench/bench_train_step.py --only --peers."""
+    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("peers_cpu*.json"))[-1]
+    rows = json.loads(file.read_text())
+    lines = [
+        "| | seconds a step | × the encoder's product | × ours | losses differ by |",
+        "|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['package'].replace('==', ' ')} | {r['seconds']:.2f} | {r['ratio_to_encoder_product']:.1f} | "
+            f"{r['ratio_to_ours']:.1f} | {r['largest_difference']:.0e} |"
+        )
+    r = rows[0]
+    lines.append(
+        f"\nTopK steps, {r['d_in']} → {r['d_sae']:,}, k {r['k']}, {r['batch']:,} tokens; same data, weights and mathematics, "
+        f"losses compared over the first 20 steps. {r['threads']} CPU threads, torch {r['torch']}; medians of one interleaved run "
+        "of `python tests/bench/bench_train_step.py --only --peers`."
+    )
+    return "\n".join(lines)
+
+
+def startup() -> str:
+    """The newest recorded runs of tests/bench/bench_startup.py and bench_end_to_end.py, as sentences."""
+    results = ROOT / "tests" / "bench" / "RESULTS"
+    taken = json.loads(sorted(results.glob("startup_cpu*.json"))[-1].read_text())["seconds"]
+    r = json.loads(sorted(results.glob("end_to_end_cpu*.json"))[-1].read_text())
+    return (
+        f"`import saehook` takes {taken['import saehook']:.2f} s, `saehook --help` {taken['saehook --help']:.2f} s, the page "
+        f"{taken['saehook demo, page']:.0f} s, `saehook demo --no-serve` {taken['saehook demo --no-serve']:.0f} s "
+        "(`bench_startup.py`). A whole training, "
+        f"{r['what']}, {r['d_sae']:,} latents, {r['tokens']:,} tokens, runs at {r['share_of_the_limit']:.0%} of what the language "
+        "model and the bare encoder products take alone (`bench_end_to_end.py`)."
+    )
 
 
 def methods() -> str:
@@ -174,6 +210,8 @@ TABLES = {
     "compare_methods": methods,
     "bench_splice": speed,
     "bench_train_step": training,
+    "bench_peers": peers,
+    "bench_startup": startup,
     "bench_distributed": distributed,
 }
 

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from saehook.config import AbsTopK, Activation, BatchTopK, GroupMax, JumpReLU, ReLU, TopK
 from saehook.errors import MissingStatError
+from saehook.kernels.comparison import ones_above
 
 
 def topk(pre_acts: Tensor, k: int) -> Tensor:
@@ -52,19 +53,18 @@ def jumprelu(pre_acts: Tensor, threshold: Tensor) -> Tensor:
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(pre_acts, threshold)
+        step = ones_above(pre_acts, threshold.clamp(min=0).to(pre_acts.dtype))
+        ctx.save_for_backward(pre_acts, threshold, step)
         ctx.bandwidth = bandwidth
-        acts = jumprelu(pre_acts, threshold)
-        return acts, (acts > 0).to(acts.dtype)
+        return pre_acts * step, step
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_acts: Tensor, d_step: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        pre_acts, threshold = ctx.saved_tensors
-        d_pre = d_acts * ((pre_acts > threshold) & (pre_acts > 0))
-        in_window = (pre_acts - threshold).abs_() < ctx.bandwidth / 2
-        d_threshold = (d_acts * threshold).add_(d_step).mul_(in_window).sum_to_size(threshold.shape)
-        return d_pre, d_threshold / -ctx.bandwidth, None
+        pre_acts, threshold, step = ctx.saved_tensors
+        in_window = (pre_acts - threshold).abs_().lt_(ctx.bandwidth / 2)
+        d_threshold = torch.addcmul(d_step, d_acts, threshold).mul_(in_window).sum_to_size(threshold.shape)
+        return d_acts * step, d_threshold / -ctx.bandwidth, None
 
 
 def jumprelu_ste(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:

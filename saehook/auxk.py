@@ -13,6 +13,8 @@ from saehook.kernels import running
 from saehook.kernels.product import mm, pre_acts_by_latent
 
 WHAT = "AuxK"
+TOKENS_AT_ONCE = 512
+"""Tokens that are treated together on a CPU: what is made of a thousand dead latents then stays in its cache."""
 
 
 class Weights(NamedTuple):
@@ -34,13 +36,14 @@ def add_auxk_gradient(
     k_aux: int,
     coefficient: float,
     devices: OneDevice = ONE_DEVICE,
+    pre_acts: Tensor | None = None,
 ) -> Tensor:
     """The loss, a scalar; `coefficient` times its gradient is added to `.grad` of the weights, which must be there.
 
     The `k_aux` largest pre-activations of x - center among the dead latents, after ReLU, are decoded without bias and compared
     with `residual` = target - reconstruction, which gets no gradient. The error is a fraction of the residual's variance
     about its batch mean; 0 where that is 0. `dead` holds the indices of the dead latents here: only their rows are read and
-    written. With none anywhere the loss is 0.
+    written. With none anywhere the loss is 0. `pre_acts`: of all latents here, [latents, n], where they are known.
     """
     total, most = devices.shared_number(dead.numel())
     if total == 0:
@@ -53,17 +56,21 @@ def add_auxk_gradient(
     share = torch.where(variance > 0, 1 / variance, 0)
     errors, d_bias = [], torch.zeros_like(bias)
     at_once = max(1, running.DENSE_ENTRIES // most)
-    for inputs, target in zip(centred.split(at_once), residual.split(at_once), strict=True):
+    if not kernels.queued(x.device):
+        at_once = min(at_once, TOKENS_AT_ONCE)
+    for first in range(0, len(x), at_once):
+        tokens = slice(first, first + at_once)
+        inputs, target = centred[tokens], residual[tokens]
         # k_aux is so large a share of the dead that products cost less than sums over pairs; latent-major ones the least.
-        pre = pre_acts_by_latent(inputs, encoder.T, bias).T.contiguous()
-        kept = devices.topk(pre, min(k_aux, total), total, most)
-        acts = inputs.new_zeros(len(dead), len(inputs))
-        values = kept.values(pre).to(x.dtype).relu_()
-        acts.view(-1).scatter_(0, kept.latents * len(inputs) + kept.tokens, values)
+        if pre_acts is None:
+            pre = pre_acts_by_latent(inputs, encoder.T, bias)
+        else:
+            pre = pre_acts[:, tokens].index_select(0, dead)
+        acts = devices.largest(pre, min(k_aux, total), total, most).to(x.dtype)
         error = devices.sum_latents(mm(acts.T, decoder), WHAT).sub_(target)
         errors.append(error.square().sum(-1))
         d_decoded = error.mul_(2 * coefficient / devices.number(len(x)) * share)
-        d_pre = mm(decoder, d_decoded.T).mul_(acts > 0)
+        d_pre = mm(decoder, d_decoded.T).mul_(kernels.ones_above(acts, 0))
         d_bias += d_pre.sum(1)
         kernels.add_product(weights.W_dec, dead, acts, d_decoded)
         kernels.add_product(weights.W_enc, dead, d_pre, inputs, columns=True)

@@ -169,6 +169,11 @@ class OneDevice:
         """Whether it is true on all devices, element by element."""
         return x
 
+    def largest(self, by_latent: Tensor, k: int, d_sae: int, widest: int) -> Tensor:
+        """The pre-activations `by_latent` [latents here, n] where they are positive and `topk` keeps them, else 0."""
+        values, rows = by_latent.T.contiguous().topk(k, dim=-1, sorted=False)
+        return torch.zeros_like(by_latent).scatter_(0, rows.T, values.T.relu_())
+
     def shared_number(self, here: int) -> tuple[int, int]:
         """Sum and maximum of a number of latents over the devices that have the other latents."""
         return here, here

@@ -374,7 +374,7 @@ def _jumprelu(pre: Tensor, threshold: Tensor, *, bandwidth: float) -> kernels.Ac
 
 def _gated(pre_gate: Tensor, b_gate: Tensor, gain: Tensor, b_mag: Tensor) -> kernels.Activated:
     gate = pre_gate.relu()
-    acts = (pre_gate > 0) * ((pre_gate - b_gate) * gain + b_mag).relu()
+    acts = kernels.ones_above(pre_gate, 0) * ((pre_gate - b_gate) * gain + b_mag).relu()
     return kernels.Activated(acts, gate, gate)
 
 

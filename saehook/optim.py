@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from saehook import kernels
 from saehook.devices import ONE_DEVICE, OneDevice
-from saehook.kernels import RowsParameter
 from saehook.row_adam import RowAdam
 
-ROWS_AT_ONCE = 2048
+ROWS_AT_ONCE = 1024
 """Rows that are projected or normalised together: few enough to stay in a CPU's cache."""
 
 
@@ -80,7 +79,7 @@ class DecoderConstrainedAdam:
         here, `eight_bit` says how their moments are kept, and `seed` is of their rounding.
         """
         self.devices = devices
-        rows = {name: p for name, p in parameters.items() if isinstance(p, RowsParameter)}
+        rows = {name: p for name, p in parameters.items() if isinstance(p, kernels.RowsParameter)}
         self.rows: RowAdam | None = None
         if rows:
             assert latents is not None
@@ -128,7 +127,8 @@ class DecoderConstrainedAdam:
             grad = self.parameters[name].grad
             stepped.grad = grad if grad is None or stepped is self.parameters[name] else grad.T
         on_sphere = kernels.uses_triton(taken.device) and kernels.adam_rows_(self.adam, taken, factor, self.W_dec)
-        if self.clip_norm > 0:
+        # On a CPU, where the norm may be read, gradients that are short enough are not multiplied by 1.
+        if self.clip_norm > 0 and (kernels.queued(norm.device) or norm + 1e-6 > self.clip_norm):
             nn.utils.clip_grads_with_norm_(self.stepped.values(), self.clip_norm, norm)
         self.adam.found_inf = (~taken).float()  # type: ignore[attr-defined]  # how fused Adam is told to change nothing
         self.adam.step()

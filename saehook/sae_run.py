@@ -127,6 +127,8 @@ class SAERun:
         y = x
         if self.config.site_out is not None:
             y = self.devices.tokens(batch[self.config.site_out]) * self.target.scale
+        scratch = scratch or kernels.Scratch()
+        scratch.forget()
         terms = self.method.terms(x, y, self.steps, scratch)
         terms = terms._replace(fired=self.devices.add_tokens(terms.fired))
         sane = torch.stack([x.sum() if y is x else x.sum() + y.sum(), terms.loss.detach()]).isfinite()
@@ -138,7 +140,7 @@ class SAERun:
         )  # first, as in the released code of Gao et al.: it decides which latents are dead
         loss = terms.loss if judged is None else terms.loss + self._divergence(y, terms.x_hat, judged)
         loss.backward()
-        aux = self._auxiliary_loss(x, y - terms.x_hat.detach())
+        aux = self._auxiliary_loss(x, y - terms.x_hat.detach(), scratch.taken("pre_acts"))
         taken = self.optimizer.step(allowed)
         self.tokens_since_fired = torch.where(taken, self.tokens_since_fired, before[0])
         self.threshold = torch.where(taken, self.threshold, before[1])
@@ -160,13 +162,13 @@ class SAERun:
         self.kl_steps += 1
         return (pulled - pulled.detach() + error.detach() - error) / 2
 
-    def _auxiliary_loss(self, x: Tensor, residual: Tensor) -> Tensor:
-        """AuxK, whose gradient is added to that of the loss."""
+    def _auxiliary_loss(self, x: Tensor, residual: Tensor, pre_acts: Tensor | None) -> Tensor:
+        """AuxK, whose gradient is added to that of the loss; `pre_acts` of all latents [d_sae, n] where they are there."""
         sae, coefficient = self.sae, self.config.resolved_auxk_coefficient
         if coefficient == 0:
             return x.new_zeros(())
         weights = Weights(sae.W_enc, sae.b_enc, sae.W_dec, self.method.center)
-        return add_auxk_gradient(x, residual, weights, self.dead, self.k_aux, coefficient, self.devices)
+        return add_auxk_gradient(x, residual, weights, self.dead, self.k_aux, coefficient, self.devices, pre_acts)
 
     @torch.no_grad()
     def _track_firing(self, terms: Terms, tokens: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -203,6 +204,30 @@ def test_gradients_lie_in_the_shared_memory():
     assert scratch.nbytes == kept
     assert scratch.take("W_dec", (64, 9), x).shape == (64, 9)
     assert scratch.take("W_dec", (2, 2), x.float()).dtype == torch.float32
+
+
+def test_what_was_taken_is_known_until_it_is_forgotten():
+    scratch, like = kernels.Scratch(), torch.zeros(1)
+    assert scratch.taken("pre_acts") is None
+    scratch.take("pre_acts", (3, 4), like).fill_(2.0)
+    scratch.take("W_enc", (5,), like).fill_(3.0)
+    known = scratch.taken("pre_acts")
+    assert known is not None
+    assert known.tolist() == [[2.0] * 4] * 3
+    scratch.forget()
+    assert scratch.taken("pre_acts") is None
+    assert scratch.nbytes == 4 * (12 + 5), "the memory stays"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_ones_above(dtype):
+    x = torch.tensor([[-1.0, 0.0, 0.5, math.inf], [math.nan, 2.0, -math.inf, 1.0]], dtype=dtype)
+    bound = torch.tensor([[0.0], [1.0]], dtype=dtype)
+    for to in (bound, 0.0):
+        ones = kernels.ones_above(x.requires_grad_(), to)
+        assert ones.dtype == dtype
+        assert not ones.requires_grad
+        assert torch.equal(ones, (x > to).to(dtype))
 
 
 def test_gradient_layout_matches_latent_major_weights():

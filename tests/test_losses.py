@@ -46,22 +46,32 @@ def auxk_by_hand(x: Tensor, residual: Tensor, params: tuple[Tensor, ...], dead: 
 
 
 def auxk(
-    params: tuple[Tensor, Tensor, Tensor, Tensor], x: Tensor, residual: Tensor, dead: list[int], k_aux: int
+    params: tuple[Tensor, Tensor, Tensor, Tensor],
+    x: Tensor,
+    residual: Tensor,
+    dead: list[int],
+    k_aux: int,
+    pre_acts: Tensor | None = None,
 ) -> float:
     """The loss; the gradients of four times it are left in the parameters, on top of ones."""
     for p in params:
         p.grad = torch.ones_like(p)
-    return float(add_auxk_gradient(x, residual, Weights(*params), torch.tensor(dead, dtype=torch.int64), k_aux, 4.0))
+    which = torch.tensor(dead, dtype=torch.int64)
+    return float(add_auxk_gradient(x, residual, Weights(*params), which, k_aux, 4.0, pre_acts=pre_acts))
 
 
 CASES = [([1, 4, 5, 17], 2), ([3], 5), (list(range(20)), 20), ([0, 19], 1)]
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["", "known pre-activations"])
+@pytest.mark.parametrize("at_once", [512, 4], ids=["", "in blocks"])
 @pytest.mark.parametrize(("dead", "k_aux"), CASES)
-def test_auxk_value_and_gradient(dead, k_aux):
+def test_auxk_value_and_gradient(monkeypatch, dead, k_aux, at_once, known):
+    monkeypatch.setattr("saehook.auxk.TOKENS_AT_ONCE", at_once)
     W_enc, b_enc, W_dec, b_dec = params = weights()
     x, residual = torch.randn(2, 9, 6, dtype=torch.float64)
-    value = auxk(params, x, residual, dead, k_aux)
+    pre_acts = torch.addmm(b_enc, x - b_dec, W_enc).T.contiguous() if known else None
+    value = auxk(params, x, residual, dead, k_aux, pre_acts)
     assert value == pytest.approx(auxk_by_hand(x, residual, params, dead, k_aux), rel=1e-9)
     pre = ((x - b_dec) @ W_enc + b_enc)[:, dead]
     kept = pre.topk(min(k_aux, len(dead)), dim=-1)

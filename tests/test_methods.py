@@ -218,9 +218,9 @@ PENALTIES: dict[str, tuple[Method, dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", PENALTIES)
 @pytest.mark.parametrize("shift", [0.0, -4.0, -1e3], ids=["many", "few", "none"])
 def test_versions_of_a_penalised_method_agree(monkeypatch, kind, shift):
-    """Loss, reconstruction, firing and all gradients; with blocks that do not divide the latents, and shared memory."""
-    monkeypatch.setattr("saehook.kernels.dense.ENTRIES_AT_ONCE", 50 * 9)
-    monkeypatch.setattr("saehook.kernels.dense.LATENTS_AT_ONCE", 1)
+    """Loss, reconstruction, firing and all gradients; with blocks that divide neither latents nor tokens, and shared memory."""
+    monkeypatch.setattr("saehook.kernels.dense.ENTRIES_AT_ONCE", 20 * 9)
+    monkeypatch.setattr("saehook.kernels.dense.TOKENS_AT_ONCE", 20)
     monkeypatch.setattr("saehook.kernels.selection.LATENTS_AT_ONCE", 7)
     monkeypatch.setattr("saehook.kernels.sparse.LATENTS_AT_ONCE", 5)
     activation, settings = PENALTIES[kind]

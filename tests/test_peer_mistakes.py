@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from planted import D_IN, SITE, planted
 from torch import Tensor
 
-from saehook import losses
+from saehook.auxk import Weights, add_auxk_gradient
 from saehook.batches import InputFacts, geometric_median
 from saehook.config import (
     BatchTopK,
@@ -108,9 +108,8 @@ def test_the_gradient_is_that_of_the_loss_and_once_the_auxiliary_loss_of_the_who
     without = torch.autograd.grad(terms.loss, parameters)
     for parameter, gradient in zip(parameters, without, strict=True):
         parameter.grad = gradient.clone()
-    losses.add_auxk_gradient(
-        x, (x - terms.x_hat).detach(), sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, 3, coefficient=0.3
-    )
+    weights = Weights(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    add_auxk_gradient(x, (x - terms.x_hat).detach(), weights, dead, 3, 0.3)
     expected = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
     run.optimizer.adam.zero_grad()
     for parameter in parameters:

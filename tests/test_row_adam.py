@@ -68,11 +68,18 @@ def test_what_is_kept_is_as_small_as_it_says():
     settings: dict[str, Any] = {"site": "s", "activation": TopK(k=4), "d_sae": 64, "tokens": 1000}
     x = torch.randn(300, 512)
     held = {}
-    for weights, moments in (("float32", "float32"), ("bfloat16", "float32"), ("float32", "8-bit"), ("bfloat16", "8-bit")):
+    for weights, moments in (
+        ("float32", "float32"),
+        ("bfloat16", "float32"),
+        ("float32", "8-bit"),
+        ("bfloat16", "8-bit"),
+    ):
         run = SAERun(TrainConfig(weights=weights, moments=moments, **settings), "run", InputFacts.measure(x, "s"))
         run.step({"s": x})
         tensors = run.state()[0]
-        named = [t.nbytes for name, t in tensors.items() if name.split(".")[1] in ("W_enc", "W_dec") and "step" not in name]
+        named = [
+            t.nbytes for name, t in tensors.items() if name.split(".")[1] in ("W_enc", "W_dec") and "step" not in name
+        ]
         held[weights, moments] = sum(named) / (2 * 512 * 64)
     assert held["float32", "float32"] == 12
     assert held["bfloat16", "float32"] == 10
@@ -99,7 +106,12 @@ def test_fewer_bits_reach_the_curve_of_float32(name):
     method = CURVES[name]
     target = {"target_l0": 4.0} if isinstance(method, JumpReLU) else {}
     found = {}
-    for weights, moments in (("float32", "float32"), ("bfloat16", "float32"), ("float32", "8-bit"), ("bfloat16", "8-bit")):
+    for weights, moments in (
+        ("float32", "float32"),
+        ("bfloat16", "float32"),
+        ("float32", "8-bit"),
+        ("bfloat16", "8-bit"),
+    ):
         settings = TrainConfig(
             site="s", activation=method, d_sae=64, tokens=100_000, batch_tokens=100, calibration_tokens=1000,
             weights=weights, moments=moments, **target,

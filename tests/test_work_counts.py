@@ -38,6 +38,10 @@ METHODS: dict[str, tuple[Method, float]] = {  # and pairs a token that are decod
 }
 
 
+MOST_STARTED = {"topk": 170, "batchtopk": 190, "multitopk": 205, "matryoshka": 200, "relu": 180, "jumprelu": 190}
+"""Operations of a step on an accelerator, by method; a little more than there are."""
+
+
 def counted(run: Callable[[], object]) -> tuple[int, Work]:
     """Operations of products in one call, and the work of another."""
     in_place = {
@@ -53,8 +57,9 @@ def counted(run: Callable[[], object]) -> tuple[int, Work]:
 # --- a training step -------------------------------------------------------------------------------------------------
 
 
-def stepper(name: str, firing: float = K) -> Callable[[], None]:
-    """One step of a run that has taken some, so that everything it keeps is there; penalised methods fire so often."""
+def stepper(name: str, firing: float = K, dead: int = 0) -> Callable[[], None]:
+    """One step of a run that has taken some, so that everything it keeps is there; penalised methods fire so often, and so
+    many latents stay dead."""
     method = METHODS[name][0]
     x = torch.randn(TOKENS, D_IN)
     target = None if hasattr(method, "k") else float(K)
@@ -71,13 +76,16 @@ def stepper(name: str, firing: float = K) -> Callable[[], None]:
                 run.method.parameters["threshold"].fill_(cut)
             else:
                 run.sae.b_enc.sub_(cut)
+    with torch.no_grad():
+        run.sae.W_enc[:, :dead] *= 1e-3  # among the largest they are never
+    run.tokens_since_fired[:dead] = 10**9
 
     def step() -> None:
         run.step({SITE: x}, scratch)
 
     step()
     step()
-    assert len(run.dead) == 0
+    assert len(run.dead) == dead
     return step
 
 
@@ -91,6 +99,28 @@ def test_the_only_dense_product_of_a_step_is_the_encoders(monkeypatch, name):
     assert 2.5 * rows <= work.row_sums <= 4 * rows  # of a JumpReLU also those near the threshold
     assert max(work.allocated) < PRE_ACTS, "pre-activations go into memory that steps share"
     assert work.allocated[MATRIX] <= 2 * (name == "multitopk"), "gradients, too"
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_auxk_has_four_products_of_the_dead_and_no_more(monkeypatch, name):
+    """Their pre-activations are known from the step; decoding, and the gradients of activations and both matrices."""
+    monkeypatch.delenv("SAEHOOK_KERNELS", raising=False)
+    dead = 150
+    products, work = counted(stepper(name, dead=dead))
+    to_b_dec = 2 * D_IN * dead
+    assert products == PRODUCT + 4 * (2 * TOKENS * D_IN * dead) + to_b_dec
+    assert work.row_sums <= 4 * 2 * TOKENS * K * D_IN, "no sums over their pairs"
+    assert max(work.allocated) < PRE_ACTS
+    assert work.allocated[MATRIX] == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_operations_that_a_step_starts(monkeypatch, name):
+    """A kernel each on an accelerator: their number does not grow with the SAE, so small steps cost what they start."""
+    monkeypatch.setattr("saehook.kernels.device.ALWAYS_QUEUED", True)
+    monkeypatch.delenv("SAEHOOK_KERNELS", raising=False)
+    _, work = counted(stepper(name))
+    assert 50 < work.started <= MOST_STARTED[name]
 
 
 @pytest.mark.parametrize("name", ["relu", "jumprelu"])

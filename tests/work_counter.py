@@ -9,6 +9,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+VIEWS = frozenset(
+    "_unsafe_view alias as_strided detach empty empty_like empty_strided expand new_empty permute select slice split squeeze t "
+    "transpose unsqueeze view".split()
+)
+"""Operations that start nothing on a device."""
+
 
 class Work(TorchDispatchMode):
     """Within `with Work() as work:` every operation is counted."""
@@ -20,6 +26,11 @@ class Work(TorchDispatchMode):
         """Multiplications and additions in sums of rows."""
         self.allocated: Counter[int] = Counter()
         """Fresh float tensors by number of entries; neither views, nor what is written into tensors that were given."""
+
+    @property
+    def started(self) -> int:
+        """Operations that compute something: views are free."""
+        return sum(n for name, n in self.operations.items() if name not in VIEWS)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -234,7 +234,9 @@ def stripes(ends: Sequence[int], parts: int, part: int) -> tuple[slice, ...]:
     starts = (0, *ends[:-1])
     runs = []
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        share = shares(end - start, parts)[(part + number) % parts]  # what does not divide goes to another one each time
+        share = shares(end - start, parts)[
+            (part + number) % parts
+        ]  # what does not divide goes to another one each time
         if share.start < share.stop:
             runs.append(slice(start + share.start, start + share.stop))
     return tuple(runs)

@@ -224,6 +224,12 @@ class Shards(OneDevice):
     def all(self, x: Tensor) -> Tensor:
         return self.mesh.reduce_(x.to(torch.int32), "all", "scalars", dist.ReduceOp.MIN).bool()
 
+    def largest(self, by_latent: Tensor, k: int, d_sae: int, widest: int) -> Tensor:
+        kept = self.topk(by_latent.T.contiguous(), k, d_sae, widest)
+        acts = torch.zeros_like(by_latent)
+        acts[kept.latents, kept.tokens] = by_latent[kept.latents, kept.tokens].relu()
+        return acts
+
     def shared_number(self, here: int) -> tuple[int, int]:
         found = self.mesh.gather(torch.tensor([here], device=self.mesh.device), "latent", "scalars").view(-1).tolist()
         return sum(found), max(found)

@@ -25,6 +25,7 @@ from saehook.kernels.by_rows import RowsParameter, add_product
 from saehook.kernels.choice import forced as _forced
 from saehook.kernels.choice import log_once as _log_once
 from saehook.kernels.choice import uses_triton
+from saehook.kernels.comparison import ones_above
 from saehook.kernels.device import queued
 from saehook.kernels.reference import Activated, Autoencoded, Encoded, Rule, Select
 from saehook.kernels.running import Largest, Pairs, largest_of_batch, largest_of_each_token
@@ -55,6 +56,7 @@ __all__ = [
     "is_wide",
     "largest_of_batch",
     "largest_of_each_token",
+    "ones_above",
     "queued",
     "remove_parallel_",
     "selected",

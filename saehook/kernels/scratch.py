@@ -17,6 +17,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._taken: dict[str, tuple[int, ...]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -29,7 +30,17 @@ class Scratch:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != (like.dtype, like.device):
             self._buffers[name] = buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+        self._taken[name] = shape
         return buffer[:size].view(shape)
+
+    def taken(self, name: str) -> Tensor | None:
+        """What was last taken under that name since `forget`; None where nothing was."""
+        shape = self._taken.get(name)
+        return None if shape is None else self._buffers[name][: math.prod(shape)].view(shape)
+
+    def forget(self) -> None:
+        """From here on what was taken is not valid any more."""
+        self._taken.clear()
 
 
 def take(scratch: Scratch | None, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from saehook.kernels.reference import Autoencoded, Encoded, Rule, Select
 from saehook.kernels.scratch import Scratch, take
 from saehook.kernels.selection import Selection
 
-LATENTS_AT_ONCE = 2048
+LATENTS_AT_ONCE = 1024
 """Rows of a gradient that are summed together on a CPU, so that they are in the cache when they go to their place."""
 
 

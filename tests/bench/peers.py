@@ -61,6 +61,9 @@ def install(name: str, folder: Path) -> Path:
         command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(pinned), package]
         if subprocess.run(command).returncode:
             raise PeerError(f"{package} could not be installed in {folder / name}; see what pip says above.")
+    # Dependencies of dependencies that no trainer needs: built for CUDA, torchvision cannot be imported beside a torch for
+    # CPUs, and with Triton installed sparsify's decoder asks for a driver.
+    subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "triton"], check=True)
     done.write_text(json.dumps(wanted))
     return python
 
