@@ -14,8 +14,8 @@ is in the mask, in nats; sums are float64.
 What is said of reconstruction and sparsity is defined in `reconstruction.py`. The joint row pools: one FVU over all sites, L0
 summed over sites, the share of all latents; its losses are those of the tokens that are in all masks.
 
-Layers below a site run once for all variants (`prefix.py`), logits are made for a few tokens at a time (`lm_head.py`). Before
-anything is measured, x in place of x must give the clean loss.
+Layers below a site run once for all variants (`prefix.py`), logits are made for some tokens and a part of the vocabulary at a
+time (`lm_head.py`). Before anything is measured, x in place of x must give the clean loss.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class _Evaluation:
         if batch == 0:
             self.check_identity(clean, targets, states)
         runs = self.runs(sources, batch)
-        scores: dict[Any, Scores] = {"clean": self.head.scores(clean, [clean], targets)[0]}
+        scores: dict[Any, Scores] = {}
         at_once = max(1, MAX_STATES // max(1, clean.numel()))
         keys = list(runs)
         for first in range(0, len(keys), at_once):
@@ -217,7 +217,8 @@ class _Evaluation:
                 found.append(states(runs[key]))
                 self.bar.update()
             ablations = [i for i, (_, kind) in enumerate(group) if kind != "spliced"]
-            scores |= dict(zip(group, self.head.scores(clean, found, targets, losses_only=ablations), strict=True))
+            scored = self.head.scores(clean, found, targets, losses_only=ablations)
+            scores |= dict(zip(["clean", *group], scored, strict=True))
         self.add(scores, rows, counted)
 
     def check_identity(self, clean: Tensor, targets: Tensor, states: Callable[[_Run], Tensor]) -> None:
@@ -230,7 +231,7 @@ class _Evaluation:
         largest, equal = 0.0, True
         for run in runs:
             found = states(run)
-            before, after = (each.ce.double() for each in self.head.scores(clean, [clean, found], targets))
+            before, after = (each.ce.double() for each in self.head.scores(clean, [found], targets))
             change = (after - before)[before.isfinite()].mean().abs().item() if before.isfinite().any() else 0.0
             if not change <= GATE_NATS:
                 raise ArgumentError(
