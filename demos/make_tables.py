@@ -10,9 +10,7 @@ import argparse
 import hashlib
 import json
 import re
-import tempfile
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATION = ROOT / "checkpoints" / "eval.json"
@@ -117,15 +115,18 @@ def weights_sha256(name: str) -> str:
 
 
 def measure_suite() -> None:
-    """`saehook eval --suite full` on the bundled SAEs; what it adds is stored."""
-    from saehook.cli import main
+    """What `saehook eval --suite full` adds for the bundled SAEs is stored."""
+    import saehook
+    from saehook.commands.shared import held_out_text
+    from saehook.suite.run import run_suite
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "eval.json"
-        assert main(["eval", "--suite", "full", "--json", str(file)]) == 0
-        suite: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["suite"]
-    saes = dict.fromkeys(row["sae"] for row in suite["rows"])
-    suite["provenance"]["weights_sha256"] = {name: weights_sha256(name) for name in saes}
+    names = ("sae", "sae-mlp")
+    saes = {name: saehook.load_sae(saehook.bundled(name)) for name in names}
+    model = saehook.HookedModel.from_pretrained(saehook.bundled("lm"))
+    hooked = model.attach({sae.site: sae for sae in saes.values()})
+    text = held_out_text(None, 100_000, model)
+    suite = run_suite(hooked, text, names=dict(zip(hooked.sites, names, strict=True))).to_dict()
+    suite["provenance"]["weights_sha256"] = {name: weights_sha256(name) for name in names}
     SUITE.write_text(json.dumps(suite, indent=1) + "\n", encoding="utf-8")
 
 

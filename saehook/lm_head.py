@@ -24,7 +24,7 @@ from saehook.prefix import Follower
 PROBE_TOKENS = 32
 CHUNK_TOKENS = 1024
 """Tokens that are scored together, at most; the product of more is no faster."""
-BLOCK_LOGITS = {"cpu": 2**20}
+BLOCK_LOGITS = {"cpu": 2**21}
 """Logits of one run that are held at a time; a few tensors of this size, in float32, are there together. On a CPU they stay in
 its cache, other devices want more at once."""
 LARGE_BLOCK_LOGITS = 2**24
