@@ -20,17 +20,15 @@ time (`lm_head.py`). Before anything is measured, x in place of x must give the 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saehook.config import MaskRule, activation_to_dict
+from saehook.config import MaskRule
 from saehook.edit_blocks import SourceAction
 from saehook.editing import Action, ChainAction, ReadAction, ReplaceAction
 from saehook.errors import ArgumentError
@@ -40,11 +38,12 @@ from saehook.intervals import DRAWS, LEVEL
 from saehook.lm_head import Head, Scores
 from saehook.metrics import Moments
 from saehook.prefix import Prefix
+from saehook.provenance import lm_facts, sae_facts, text_facts, versions
 from saehook.reconstruction import RATIOS, Fidelity, reconstruct
 from saehook.sae import SAE
 from saehook.sites import layers_before, resolve
 from saehook.splice_losses import LOSSES, RowLosses, values_of
-from saehook.tokenization import Windows, tokenizer_sha256
+from saehook.tokenization import Windows
 
 ALL = "all"
 BATCH_TOKENS = 4096
@@ -103,10 +102,7 @@ def evaluate(
         raise ArgumentError(
             f"the windows have shape {tuple(ids.shape)}; at least one of at least two tokens is expected."
         )
-    if check not in ("fingerprint", "off"):
-        raise ArgumentError(f"check={check!r} is unknown; expected 'fingerprint' or 'off'.")
-    if checked := check == "fingerprint":
-        hooked.check_fingerprints()
+    checked = fingerprints_checked(hooked, check)
     run = _Evaluation(hooked, ids, joint=joint)
     batches = ids.split(run.rows_at_once)
     with tqdm(total=len(batches) * run.passes, desc="evaluating", unit="pass", disable=not progress) as bar:
@@ -120,6 +116,19 @@ def evaluate(
     if run.together:
         results.append(run.joint_row(seed))
     return EvalResult(results, _provenance(run, tokens, checked=checked, seed=seed))
+
+
+def fingerprints_checked(hooked: HookedSAEs, check: str) -> bool:
+    """Whether the SAEs' fingerprints were compared: with `check` = `fingerprint`, not with `off`.
+
+    Raises:
+        ArgumentError: another `check`. SiteError: a fingerprint that does not fit.
+    """
+    if check not in ("fingerprint", "off"):
+        raise ArgumentError(f"check={check!r} is unknown; expected 'fingerprint' or 'off'.")
+    if check == "fingerprint":
+        hooked.check_fingerprints()
+    return check == "fingerprint"
 
 
 class _Evaluation:
@@ -354,43 +363,16 @@ def _of_source(sae: SAE, source: SourceAction, mask: Tensor, _: Tensor) -> Tenso
 
 
 def _provenance(run: _Evaluation, tokens: Windows | Tensor, *, checked: bool, seed: int) -> dict[str, Any]:
-    hooked = run.hooked
-    fits = "fits" if checked else "not checked"
-    text = (
-        {
-            "sha256": tokens.text_sha256,
-            "documents": tokens.documents,
-            "dropped_tail": tokens.dropped_tail,
-            **tokens.rule,
-            **({"dataset": tokens.dataset} if tokens.dataset else {}),
-        }
-        if isinstance(tokens, Windows)
-        else {"window": tokens.shape[1]}
-    )
     return {
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("saehook", "torch", "transformers", "nnsight")},
-        "lm": {
-            "id": hooked.model.name,
-            "revision": getattr(hooked.lm.config, "_commit_hash", None),
-            "dtype": str(hooked.lm.dtype).removeprefix("torch."),
-            "device": hooked.model.device.type,
-            "tokenizer_sha256": tokenizer_sha256(hooked.tokenizer),
-        },
-        "saes": {
-            name: {
-                "activation": activation_to_dict(sae.config.activation),
-                "dtype": str(sae.dtype).removeprefix("torch."),
-                "mask_rule": str(sae.mask_rule),
-                "fingerprint": fits if sae.metadata.get("fingerprint") else "none in the file",
-            }
-            for name, sae in hooked.saes.items()
-        },
-        "text": text,
+        "versions": versions(),
+        "lm": lm_facts(run.hooked),
+        "saes": sae_facts(run.hooked, checked=checked),
+        "text": text_facts(tokens),
         "position_rule": "losses at positions whose own token is in the mask; other tokens keep their activation",
         "inference_rule": "each token alone: TopK by its k, BatchTopK and JumpReLU by their thresholds",
         "identity": run.gate,
-        "logits": "in chunks" if run.head.site else "the model's own forward: its head is unknown",
+        "logits": "in parts" if run.head.site else "the model's own forward: its head is unknown",
+        "batch_windows": run.rows_at_once,
         "shared_layers": {place.writes: depth for place, depth in run.depths.items()},
         "intervals": {"level": LEVEL, "draws": DRAWS, "over": "windows", "seed": seed},
     }

@@ -129,6 +129,7 @@ def evaluated(
             tasks=tasks,
             lm_checkpoints=((step, load_model(lm)) for step, lm in given) if given else (),
             only=None if set(metrics) == set(METRICS) else metrics,
+            check=check,
             seed=seed,
         )
         print(suite.table())
