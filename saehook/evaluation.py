@@ -150,7 +150,7 @@ class _Evaluation:
         self.sites = list(dict.fromkeys(site for place in self.depths for site in place[:2]))
         self.means = {place: Moments() for place in self.depths}
         self.masks: dict[_Place, list[Tensor]] = {place: [] for place in self.depths}
-        self.nan_tokens = dict.fromkeys(self.depths, 0)
+        self.nan_tokens: dict[Any, int] = dict.fromkeys([*self.depths, ALL], 0)
         self.fidelity: dict[str, Fidelity] = {}
         self.losses = {name: RowLosses(length) for name in [*hooked.sites, *([ALL] if self.together else [])]}
         self.gate: dict[str, Any] = {}
@@ -163,22 +163,26 @@ class _Evaluation:
         readers = {site: ReadAction(group, stop=True) for site in self.sites}
         self.hooked.run(ids, readers)
         self.bar.update()
+        anywhere = torch.zeros(ids.shape, dtype=torch.bool)
         for place in self.depths:
             x, y = readers[place.reads], readers[place.writes]
             assert x.value is not None
             assert y.value is not None
             mask = x.mask(place.rule)
             finite = x.value.isfinite().all(-1) & y.value.isfinite().all(-1).to(mask.device)
-            self.nan_tokens[place] += int((mask & ~finite).sum())
+            broken = (mask & ~finite).cpu()
+            self.nan_tokens[place] += int(broken.sum())
+            anywhere |= broken
             mask = mask & finite  # not in place: it may be the view's own
             self.means[place].update(y.value[mask.to(y.value.device)])
             self.masks[place].append(mask.cpu())
+        self.nan_tokens[ALL] += int(anywhere.sum())
 
     def check_tokens(self) -> None:
         """Raises ArgumentError where a row has nothing to measure; then what is left is made ready."""
         for name in self.losses:
             if not any(self.mask(name, i)[:, :-1].any() for i in range(len(next(iter(self.masks.values()))))):
-                broken = sum(self.nan_tokens.values())
+                broken = self.nan_tokens[ALL]
                 raise ArgumentError(
                     f"no token of the windows that predicts another is in the mask of {name}, so there is nothing to "
                     + (
@@ -336,7 +340,7 @@ class _Evaluation:
             l0=sum(float(RATIOS["l0"](part.sums.totals())) for part in parts),
             dead_share=sum(part.dead_share * part.sae.d_sae for part in parts) / d_sae,
             d_sae=d_sae,
-            nan_tokens=max(self.nan_tokens.values()),
+            nan_tokens=self.nan_tokens[ALL],
             intervals=found,
             extra={"positions": self.losses[ALL].positions()},
             **self._counts(ALL),
