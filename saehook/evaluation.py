@@ -375,7 +375,7 @@ def _provenance(run: _Evaluation, tokens: Windows | Tensor, *, checked: bool, se
         "position_rule": "losses at positions whose own token is in the mask; other tokens keep their activation",
         "inference_rule": "each token alone: TopK by its k, BatchTopK and JumpReLU by their thresholds",
         "identity": run.gate,
-        "logits": "in parts" if run.head.site else "the model's own forward: its head is unknown",
+        "logits": "in chunks" if run.head.site else "the model's own forward: its head is unknown",
         "batch_windows": run.rows_at_once,
         "shared_layers": {place.writes: depth for place, depth in run.depths.items()},
         "intervals": {"level": LEVEL, "draws": DRAWS, "over": "windows", "seed": seed},

@@ -126,18 +126,14 @@ def run_suite(
         ArgumentError: no window or no token that counts; an unknown metric; a task with too few examples; `stability` is
             asked for and no site has two SAEs, or `compute_equivalent` without checkpoints.
     """
-    wanted = tuple(METRICS if only is None else only)
-    if unknown := [metric for metric in wanted if metric not in METRICS]:
-        raise ArgumentError(f"there is no metric {', '.join(map(repr, unknown))}; there are {', '.join(METRICS)}.")
     checked = fingerprints_checked(hooked, check)
+    check_suite(hooked, only, tasks, lm_checkpoints=bool(lm_checkpoints))
+    wanted = tuple(METRICS if only is None else only)
     several = _several(hooked)
-    if only is not None:
-        _check_given(only, several, bool(lm_checkpoints))
     ids = spread(ids_of(tokens), TOKENS)
     probed = bool({"probe_loss", "absorption"} & set(wanted))
     if probed:
         tasks = make_tasks(corpus.read_documents(corpus.held_out_files()), seed=seed) if tasks is None else tasks
-        check_tasks(tasks)
     samples = read_samples(hooked, ids)
     examples = read_examples(hooked, tasks) if probed and tasks is not None else {}
     rows: list[SuiteRow] = []
@@ -178,13 +174,24 @@ def _several(hooked: HookedSAEs) -> list[list[str]]:
     return [names for names in places.values() if len(names) > 1]
 
 
-def _check_given(only: Sequence[str], several: list[list[str]], lm_checkpoints: bool) -> None:
-    """Raises ArgumentError where a metric that is asked for has nothing to compare."""
-    if "stability" in only and not several:
+def check_suite(
+    hooked: HookedSAEs, only: Sequence[str] | None, tasks: Sequence[ProbeTask] | None, *, lm_checkpoints: bool
+) -> None:
+    """What `run_suite` asks of its arguments, before anything is measured; `lm_checkpoints`: whether there are any.
+
+    Raises:
+        ArgumentError: an unknown metric, a task with too few examples, a metric that is asked for and has nothing to compare.
+    """
+    wanted = METRICS if only is None else only
+    if unknown := [metric for metric in wanted if metric not in METRICS]:
+        raise ArgumentError(f"there is no metric {', '.join(map(repr, unknown))}; there are {', '.join(METRICS)}.")
+    if tasks is not None and {"probe_loss", "absorption"} & set(wanted):
+        check_tasks(tasks)
+    if only is not None and "stability" in only and not _several(hooked):
         raise ArgumentError(
             "stability compares SAEs of one site, such as those of several seeds, and every site has one. Attach more."
         )
-    if "compute_equivalent" in only and not lm_checkpoints:
+    if only is not None and "compute_equivalent" in only and not lm_checkpoints:
         raise ArgumentError(
             "compute_equivalent compares with checkpoints of the language model's training, and none are given "
             "(--lm-checkpoints STEP=LM, at least two)."
