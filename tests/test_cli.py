@@ -252,7 +252,7 @@ def test_a_mistake_is_said_and_is_exit_code_two(own, command, message, capsys):
 def test_an_evaluation_of_few_tokens_says_how_many_it_takes(own, capsys):
     assert main(f"eval --lm {own['lm']} --sae {own['sae']} --text {own['text']} --tokens 200".split()) == 0
     said = capsys.readouterr().out
-    assert "windows are too few to say how exact the numbers are; at least 10 are needed" in said
+    assert "windows are too few for a bootstrap, so intervals are by Student's t; at least 10 are needed" in said
     assert "too few tokens for the share of dead latents" in said
 
 

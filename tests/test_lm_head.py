@@ -56,8 +56,8 @@ def test_the_loss_in_chunks_is_hugging_faces_own(name, monkeypatch):
 class Wrapped(torch.nn.Linear):
     """An adapter on the head."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + 0.1 * x.sum(-1, keepdim=True) * self.weight[:, 0]
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + 0.1 * input.sum(-1, keepdim=True) * self.weight[:, 0]
 
 
 @torch.no_grad()
