@@ -54,6 +54,24 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def evaluating() -> str:
+    """The newest recorded run of tests/bench/bench_eval.py."""
+    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("eval_*.json"))[-1]
+    data = json.loads(file.read_text(encoding="utf-8"))
+    variants, memory, table = (
+        data[what]
+        for what in ("splice-in variants, GPT-2 size", "memory of an evaluation", "table of the bundled SAEs")
+    )
+    machine = data["machine"]
+    return (
+        f"Evaluation: {variants['variants']} splice-in variants at {len(variants['sites'])} sites of a GPT-2-sized model take "
+        f"{variants['ratio_to_forward_passes']:.2f} of a forward pass each, SAEs apart; with {memory['vocabulary']:,} tokens in the "
+        f"vocabulary it holds {memory['gigabytes_above_the_model']:.2f} GB above the model; `{table['command']}` on the bundled "
+        f"SAEs takes {table['seconds']:.0f} s, start-up included. {machine['threads']} CPU threads, torch {machine['torch']}; "
+        "`python tests/bench/bench_eval.py`."
+    )
+
+
 def training() -> str:
     """The newest recorded run of tests/bench/bench_train_step.py."""
     file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("train_step_*.json"))[-1]
@@ -174,6 +192,7 @@ TABLES = {
     "checkpoints/eval.json": evaluation,
     "compare_methods": methods,
     "bench_splice": speed,
+    "bench_eval": evaluating,
     "bench_train_step": training,
     "bench_distributed": distributed,
 }
