@@ -67,8 +67,8 @@ def evaluating() -> str:
         f"Evaluation: {variants['variants']} splice-in variants at {len(variants['sites'])} sites of a GPT-2-sized model take "
         f"{variants['ratio_to_forward_passes']:.2f} of a forward pass each, SAEs apart; with {memory['vocabulary']:,} tokens in "
         f"the vocabulary it holds {memory['gigabytes_above_the_model']:.2f} GB above the model; `{table['command']}` on the "
-        f"bundled SAEs takes {table['seconds']:.0f} s, start-up included. {machine['threads']} CPU threads, torch {machine['torch']}; "
-        "`python tests/bench/bench_eval.py`."
+        f"bundled SAEs takes {table['seconds']:.0f} s, start-up included. {machine['threads']} CPU threads, torch "
+        f"{machine['torch']}; `python tests/bench/bench_eval.py`."
     )
 
 
