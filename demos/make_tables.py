@@ -10,9 +10,7 @@ import argparse
 import hashlib
 import json
 import re
-import tempfile
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATION = ROOT / "checkpoints" / "eval.json"
@@ -54,6 +52,24 @@ def speed() -> str:
         "medians of one interleaved run of `python tests/bench/bench_splice.py`."
     )
     return "\n".join(lines)
+
+
+def evaluating() -> str:
+    """The newest recorded run of tests/bench/bench_eval.py."""
+    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("eval_*.json"))[-1]
+    data = json.loads(file.read_text(encoding="utf-8"))
+    variants, memory, table = (
+        data[what]
+        for what in ("splice-in variants, GPT-2 size", "memory of an evaluation", "table of the bundled SAEs")
+    )
+    machine = data["machine"]
+    return (
+        f"Evaluation: {variants['variants']} splice-in variants at {len(variants['sites'])} sites of a GPT-2-sized model take "
+        f"{variants['ratio_to_forward_passes']:.2f} of a forward pass each, SAEs apart; with {memory['vocabulary']:,} tokens in "
+        f"the vocabulary it holds {memory['gigabytes_above_the_model']:.2f} GB above the model; `{table['command']}` on the "
+        f"bundled SAEs takes {table['seconds']:.0f} s, start-up included. {machine['threads']} CPU threads, torch "
+        f"{machine['torch']}; `python tests/bench/bench_eval.py`."
+    )
 
 
 def training() -> str:
@@ -153,15 +169,18 @@ def weights_sha256(name: str) -> str:
 
 
 def measure_suite() -> None:
-    """`saehook eval --suite full` on the bundled SAEs; what it adds is stored."""
-    from saehook.cli import main
+    """What `saehook eval --suite full` adds for the bundled SAEs is stored."""
+    import saehook
+    from saehook.commands.shared import held_out_text
+    from saehook.suite.run import run_suite
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "eval.json"
-        assert main(["eval", "--suite", "full", "--json", str(file)]) == 0
-        suite: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["suite"]
-    saes = dict.fromkeys(row["sae"] for row in suite["rows"])
-    suite["provenance"]["weights_sha256"] = {name: weights_sha256(name) for name in saes}
+    names = ("sae", "sae-mlp")
+    saes = {name: saehook.load_sae(saehook.bundled(name)) for name in names}
+    model = saehook.HookedModel.from_pretrained(saehook.bundled("lm"))
+    hooked = model.attach({sae.site: sae for sae in saes.values()})
+    text = held_out_text(None, 100_000, model)
+    suite = run_suite(hooked, text, names=dict(zip(hooked.sites, names, strict=True))).to_dict()
+    suite["provenance"]["weights_sha256"] = {name: weights_sha256(name) for name in names}
     SUITE.write_text(json.dumps(suite, indent=1) + "\n", encoding="utf-8")
 
 
@@ -209,6 +228,7 @@ TABLES = {
     "checkpoints/eval.json": evaluation,
     "compare_methods": methods,
     "bench_splice": speed,
+    "bench_eval": evaluating,
     "bench_train_step": training,
     "bench_peers": peers,
     "bench_startup": startup,

@@ -20,59 +20,30 @@ Tokens outside the mask of an SAE have no effects.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from saehook.edit_blocks import SourceAction, norm_of
-from saehook.editing import Action, ChainAction
+from saehook.attribution_metrics import Function, Logit, LogProb, Loss, Metric, function_of, values_of
 from saehook.errors import ArgumentError
-from saehook.positions import TokenView
+from saehook.latent_effects import (
+    Active,
+    ablated,
+    active_latents,
+    along,
+    gradients_at,
+    logits_of,
+    mean_gradient,
+    probed_at,
+)
 
 if TYPE_CHECKING:
     from saehook.hooked_saes import HookedSAEs
 
-MAX_NUMBERS = 2**24
-"""Numbers of one temporary tensor: logits of a batch of ablated rows, activations of some tokens, decoder rows of some
-latents."""
-
-
-@dataclass(frozen=True)
-class Logit:
-    """The logit of a next token, or how far it is above that of another."""
-
-    token: int | str
-    """An id, or a text that is a single token."""
-    minus: int | str | None = None
-    """The other token."""
-    position: int = -1
-    """The token behind which it is predicted, counted among the row's own; -1 is the last."""
-
-
-@dataclass(frozen=True)
-class LogProb:
-    """The log-probability of a next token, in nats."""
-
-    token: int | str
-    """An id, or a text that is a single token."""
-    position: int = -1
-    """As in `Logit`."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Mean cross-entropy of the row's next tokens in nats, as `hooked.loss` gives it. A latent that helps has an effect
-    below 0."""
-
-
-Function = Callable[[Tensor], Tensor]
-Metric = Logit | LogProb | Loss | Function
-"""A callable gets the logits of one row, [S, vocab] without padding, at least float32, and returns one number."""
+__all__ = ["Attribution", "LatentEffect", "LogProb", "Logit", "Loss", "Metric", "attribute_rows"]
 
 
 class LatentEffect(NamedTuple):
@@ -188,22 +159,22 @@ def attribute_rows(
             raise ArgumentError(f"{name}={value!r}; True or False is expected.")
     with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
         rows = [row.clone() for row in rows]
-        functions = [_function(metric, hooked, row) for row in rows]
+        functions = [function_of(metric, hooked, row) for row in rows]
         if exact:
             pairs = zip(rows, functions, strict=True)
             return [_exactly(hooked, row, function, by_token) for row, function in pairs]
-        probed = _probed(hooked, hooked.sites)
+        probed = probed_at(hooked, hooked.sites)
         if steps is None:
-            values, by_site = _gradients(hooked, rows, functions, probed)
+            values, by_site = gradients_at(hooked, rows, functions, probed)
             gradients = {name: by_site[one.writes] for name, one in hooked.attached.items()}
-            active = _active(hooked, probed)
+            active = active_latents(hooked, probed)
         else:
-            values = _values(functions, _logits(hooked.run(rows, probed.actions), rows))
-            active = _active(hooked, probed)
+            values = values_of(functions, logits_of(hooked.run(rows, probed.actions), rows))
+            active = active_latents(hooked, probed)
             gradients = {
-                name: _mean_gradient(hooked, rows, functions, name, found, steps) for name, found in active.items()
+                name: mean_gradient(hooked, rows, functions, name, found, steps) for name, found in active.items()
             }
-        effects = {name: _along(found, gradients[name], hooked.saes[name].W_dec) for name, found in active.items()}
+        effects = {name: along(found, gradients[name], hooked.saes[name].W_dec) for name, found in active.items()}
     results = [
         _result(hooked, row, i, value, active, effects)
         for i, (row, value) in enumerate(zip(rows, values.tolist(), strict=True))
@@ -211,269 +182,16 @@ def attribute_rows(
     return results if by_token else [result.summed for result in results]
 
 
-# --- metrics ----------------------------------------------------------------------------------------------------------
-
-
-def _function(metric: Metric, hooked: HookedSAEs, ids: Tensor) -> Function:
-    """The metric of one row as a function of its logits."""
-    match metric:
-        case Logit(token=token, minus=None, position=position):
-            i, at = _token_id(token, hooked), _position(position, ids)
-            return lambda logits: logits[at, i]
-        case Logit(token=token, minus=minus, position=position):
-            assert minus is not None
-            i, j, at = _token_id(token, hooked), _token_id(minus, hooked), _position(position, ids)
-            return lambda logits: logits[at, i] - logits[at, j]
-        case LogProb(token=token, position=position):
-            i, at = _token_id(token, hooked), _position(position, ids)
-            return lambda logits: logits[at].log_softmax(-1)[i]
-        case Loss():
-            if len(ids) < 2:
-                raise ArgumentError(
-                    "a single token predicts nothing, so there is no loss. Give at least two tokens, or a Logit."
-                )
-            return lambda logits: F.cross_entropy(logits[:-1], ids[1:].to(logits.device))
-        case _ if callable(metric) and not isinstance(metric, type):
-            return metric
-    raise ArgumentError(
-        f"{metric!r} is no metric; expected Logit(' token'), LogProb(' token'), Loss(), or a function of a row's logits "
-        "[S, vocab]."
-    )
-
-
-def _token_id(token: int | str, hooked: HookedSAEs) -> int:
-    vocab = hooked.lm.get_input_embeddings().num_embeddings
-    if isinstance(token, str):
-        ids = hooked.tokenizer(token, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) != 1:
-            pieces = ", ".join(repr(hooked.tokenizer.decode([i])) for i in ids)
-            raise ArgumentError(
-                f"{token!r} is {len(ids)} tokens ({pieces}); a metric names one. Give a single one, or its id."
-            )
-        token = ids[0]
-    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-        raise ArgumentError(f"{token!r} is no token of the metric; a text, or an id in 0..{vocab - 1} is expected.")
-    return token
-
-
-def _position(position: int, ids: Tensor) -> int:
-    n = len(ids)
-    if isinstance(position, bool) or not isinstance(position, int) or not -n <= position < n:
-        raise ArgumentError(
-            f"position {position!r} of the metric is outside the {n} tokens of the row: expected {-n}..{n - 1}."
-        )
-    return position % n
-
-
-def _values(functions: Sequence[Function], logits: Sequence[Tensor]) -> Tensor:
-    """The metric of each row, [rows].
-
-    Raises:
-        ArgumentError: it is no number, or not finite.
-    """
-    values = []
-    for function, row in zip(functions, logits, strict=True):
-        value = function(row.to(torch.promote_types(row.dtype, torch.float32)))
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-            what = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
-            raise ArgumentError(f"the metric gave {what}; a tensor with one floating-point number is expected.")
-        values.append(value.reshape(()))
-    result = torch.stack(values)
-    if not result.isfinite().all():
-        raise ArgumentError(f"the metric gave {result[~result.isfinite()][0].item()}; a finite number is expected.")
-    return result
-
-
-# --- runs of the model ------------------------------------------------------------------------------------------------
-
-
-class _Probe:
-    """Asks for the gradient where SAEs write."""
-
-    def __init__(self, sources: Sequence[SourceAction], shift: Tensor | None) -> None:
-        """`sources`: what these SAEs read. `shift`: is subtracted, [rows, n, d]."""
-        self.sources, self.shift = sources, shift
-        self.view: TokenView
-        self.leaf: Tensor
-
-    def __call__(self, x: Tensor, view: TokenView) -> Tensor:
-        self.view = view
-        for source in self.sources:
-            source.take()  # it must come first
-        if self.shift is not None:
-            x = (x - self.shift).to(x.dtype)
-        if not torch.is_grad_enabled():
-            return x
-        self.leaf = torch.zeros_like(x, requires_grad=True)
-        return x + self.leaf
-
-
-class _Subtract:
-    """Takes vectors from single tokens of single rows."""
-
-    def __init__(self, row: Tensor, column: Tensor, vectors: Tensor) -> None:
-        """`row`, `column`: [n] int64, no pair twice; `vectors`: [n, d]."""
-        self.row, self.column, self.vectors = row, column, vectors
-
-    def __call__(self, x: Tensor, view: TokenView) -> Tensor:
-        new = x.clone()
-        new[self.row, self.column] = (x[self.row, self.column] - self.vectors).to(x.dtype)
-        return new
-
-
-class _Active(NamedTuple):
-    """The latents that fire on tokens of the mask at one site, token by token, all tensors [n]."""
-
-    row: Tensor
-    position: Tensor
-    """Among the row's own tokens."""
-    column: Tensor
-    """In the padded row."""
-    latent: Tensor
-    activation: Tensor
-    """z, float32."""
-    weight: Tensor
-    """z σ(x), float32: times W_dec[latent], what the latent adds."""
-
-
-class _Probed(NamedTuple):
-    """What looks on in a run."""
-
-    sources: dict[str, SourceAction]
-    """By the site that is read."""
-    probes: dict[str, _Probe]
-    """By the site that is written."""
-
-    @property
-    def actions(self) -> dict[str, Action]:
-        """All of it by site."""
-        both = {
-            site: ChainAction([self.sources[site], self.probes[site]]) for site in self.sources if site in self.probes
-        }
-        return {**self.sources, **self.probes, **both}
-
-
-def _probed(hooked: HookedSAEs, names: Sequence[str], shift: Tensor | None = None) -> _Probed:
-    """Sources and probes of the SAEs of these names; `shift` as in `_Probe`."""
-    attached = [hooked.attached[name] for name in names]
-    sources = {one.reads: SourceAction(one.reads) for one in attached}
-    written = {
-        one.writes: [sources[other.reads] for other in attached if other.writes == one.writes] for one in attached
-    }
-    return _Probed(sources, {site: _Probe(read, shift) for site, read in written.items()})
-
-
-@torch.no_grad()
-def _active(hooked: HookedSAEs, probed: _Probed) -> dict[str, _Active]:
-    """By name of the SAE. Some tokens at a time, so that no [tokens, d_sae] is held."""
-    found = {}
-    for name, (sae, reads, writes) in hooked.attached.items():
-        read, view = probed.sources[reads].take().detach(), probed.probes[writes].view
-        places = view.mask(sae.mask_rule, norm_of(read)).nonzero()
-        index = view.index.to(places.device)
-        parts: list[_Active] = []
-        for row, column in (part.unbind(1) for part in places.split(max(1, MAX_NUMBERS // sae.d_sae))):
-            x = read[row, column]
-            acts, scale = sae.encode(x), sae.scale(x)
-            token, latent = acts.nonzero(as_tuple=True)
-            z = acts[token, latent].float()
-            weight = z if scale is None else z * scale[token, 0].float()
-            parts.append(_Active(row[token], index[row, column][token], column[token], latent, z, weight))
-        found[name] = _Active(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return found
-
-
-def _logits(output: Any, rows: Sequence[Tensor]) -> list[Tensor]:
-    """Those of each row, [S, vocab], without the padding on its left."""
-    return [logits[-len(row) :] for logits, row in zip(output.logits, rows, strict=True)]
-
-
-def _gradients(
-    hooked: HookedSAEs, rows: Sequence[Tensor], functions: Sequence[Function], probed: _Probed
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """One forward and one backward pass: the metric of each row, [rows], and ∂m/∂x by the site that is written, [rows, n, d]."""
-    output = hooked.run(list(rows), probed.actions, gradients=True)
-    values = _values(functions, _logits(output, rows))
-    if not values.requires_grad:
-        raise ArgumentError("the metric has no gradient with respect to the logits. Use exact=True, or one that has.")
-    leaves = [probe.leaf for probe in probed.probes.values()]
-    found = torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True)
-    return values.detach(), dict(zip(probed.probes, found, strict=True))
-
-
-def _mean_gradient(
-    hooked: HookedSAEs,
-    rows: Sequence[Tensor],
-    functions: Sequence[Function],
-    name: str,
-    active: _Active,
-    steps: int,
-) -> Tensor:
-    """The mean of ∂m/∂x from x without what the active latents add to x, [rows, n, d] float32, by Gauss's rule."""
-    W_dec = hooked.saes[name].W_dec.detach()
-    longest = max(map(len, rows))
-    added = torch.zeros(len(rows), longest, W_dec.shape[1], device=W_dec.device)
-    flat = added.view(-1, W_dec.shape[1])
-    for part in _parts(active, W_dec):
-        place = active.row[part] * longest + active.column[part]
-        flat.index_add_(0, place, active.weight[part, None] * W_dec[active.latent[part]].float())
-    mean = torch.zeros_like(added)
-    nodes, weights = np.polynomial.legendre.leggauss(steps)  # on -1..1, with weights that sum to 2
-    for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
-        probed = _probed(hooked, [name], (1 - node) / 2 * added)
-        mean += weight / 2 * _gradients(hooked, rows, functions, probed)[1][hooked.attached[name].writes]
-    return mean
-
-
-def _along(active: _Active, gradient: Tensor, W_dec: Tensor) -> Tensor:
-    """z σ(x) ∂m/∂x · W_dec[latent], [n] float32."""
-    W_dec = W_dec.detach()
-    products = [
-        (gradient[active.row[part], active.column[part]].float() * W_dec[active.latent[part]].float()).sum(-1)
-        for part in _parts(active, W_dec)
-    ]
-    return active.weight * torch.cat(products)
-
-
-def _parts(active: _Active, W_dec: Tensor) -> tuple[Tensor, ...]:
-    """Indices of all active latents, in parts whose decoder rows may be held."""
-    return torch.arange(len(active.latent), device=active.latent.device).split(max(1, MAX_NUMBERS // W_dec.shape[1]))
-
-
 def _exactly(hooked: HookedSAEs, ids: Tensor, function: Function, by_token: bool) -> Attribution:
     """Effects in one row by ablation."""
-    probed = _probed(hooked, hooked.sites)
-    value = float(_values([function], _logits(hooked.run([ids], probed.actions), [ids])))
-    active = _active(hooked, probed)
-    effects = {name: _ablated(hooked, ids, function, name, found, by_token) for name, found in active.items()}
+    probed = probed_at(hooked, hooked.sites)
+    value = float(values_of([function], logits_of(hooked.run([ids], probed.actions), [ids])))
+    active = active_latents(hooked, probed)
+    effects = {name: ablated(hooked, ids, function, name, found, by_token) for name, found in active.items()}
     if by_token:
         return _result(hooked, ids, 0, value, active, effects)
     result = _result(hooked, ids, 0, value, active, {name: found.activation for name, found in active.items()}).summed
     return replace(result, effect=torch.cat([effect.cpu() for effect in effects.values()]))
-
-
-@torch.no_grad()
-def _ablated(hooked: HookedSAEs, ids: Tensor, function: Function, name: str, active: _Active, by_token: bool) -> Tensor:
-    """What the metric loses with one latent ablated on one token, or on all, in the order of `active`, or of latents."""
-    sae = hooked.saes[name]
-    group = torch.arange(len(active.latent), device=active.latent.device)
-    if not by_token:
-        group = active.latent.unique(return_inverse=True)[1]
-    n_groups = int(group.max()) + 1 if len(group) else 0
-    vocab = hooked.lm.get_input_embeddings().num_embeddings
-    at_once = max(1, MAX_NUMBERS // (len(ids) * vocab) - 1)
-    effects = [torch.zeros(0, device=active.weight.device)]
-    for first in range(0, n_groups, at_once):
-        n = min(at_once, n_groups - first)
-        chosen = ((group >= first) & (group < first + n)).nonzero()[:, 0]
-        vectors = active.weight[chosen, None] * sae.W_dec[active.latent[chosen]].float()
-        # The first row stays clean: what a batch of another shape rounds otherwise is no effect.
-        subtract = _Subtract(1 + group[chosen] - first, active.column[chosen], vectors)
-        rows = ids.expand(n + 1, -1)
-        output = hooked.run(rows, {hooked.attached[name].writes: subtract})
-        values = _values([function] * (n + 1), _logits(output, list(rows)))
-        effects.append((values[0] - values[1:]).float().to(active.weight.device))
-    return torch.cat(effects)
 
 
 def _result(
@@ -481,7 +199,7 @@ def _result(
     ids: Tensor,
     row: int,
     value: float,
-    active: Mapping[str, _Active],
+    active: Mapping[str, Active],
     effects: Mapping[str, Tensor],
 ) -> Attribution:
     """The effects in one of the rows, and its metric."""

@@ -40,7 +40,7 @@ from saehook.config import (
     mask_rule_from_data,
 )
 from saehook.errors import ArgumentError, FileError, FormatError, MissingStatError
-from saehook.files import atomic_write, atomically
+from saehook.files import atomic_write, atomically, sha256
 from saehook.formats import Found, read_sae, saelens
 from saehook.formats.folder import MAX_CONFIG_BYTES as MAX_CONFIG_BYTES
 from saehook.formats.folder import read_json
@@ -169,6 +169,15 @@ def _hooks(sae: SAE) -> dict[str, str | None]:
 
 def _normalize(config: SAEConfig) -> str:
     return next(name for name, ours in saelens.NORMALIZATIONS.items() if ours == config.normalize)
+
+
+def file_hashes(sae: SAE) -> dict[str, str]:
+    """sha256 of the files that an SAE was read from, by name; none for one made in Python, or whose files are gone."""
+    if sae.source is None:
+        return {}
+    if sae.source.is_file():
+        return {sae.source.name: sha256(sae.source)}
+    return {name: sha256(sae.source / name) for name in (CONFIG, WEIGHTS, STATS) if (sae.source / name).is_file()}
 
 
 @overload

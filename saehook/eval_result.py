@@ -71,7 +71,7 @@ class EvalRow:
     """Tokens whose loss is not finite in one of the runs: in none of the losses."""
     d_sae: int | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Bootstrap intervals over sequences, 95 %, by the name of the field."""
+    """95 % intervals over sequences by the name of the field; see `saehook.intervals`."""
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
     """More blocks by name: `positions`, `l0`, `density`, `special`; other measurements put theirs beside them."""
 
@@ -179,6 +179,8 @@ def _cells(row: EvalRow) -> list[str]:
         value = getattr(row, name)
         if value is None:
             return "–"
+        if row.windows == 1 and name not in _ABSOLUTE:
+            return f"≈ {value:.1g}"
         if name in unclear and name in row.intervals:
             low, high = row.intervals[name]
             return f"[{low:.3f}, {high:.3f}]"
@@ -195,9 +197,15 @@ def _warnings(row: EvalRow) -> Iterator[str]:
     if row.nan_losses:
         yield f"{row.sae}: {row.nan_losses:,} tokens have a loss that is not finite; they are in none of the losses"
     if row.windows is not None and row.windows < MIN_SEQUENCES:
+        few = "1 window is" if row.windows == 1 else f"{row.windows} windows are"
+        how = (
+            "to say how exact the numbers are"
+            if row.windows < 2
+            else "for a bootstrap, so intervals are by Student's t"
+        )
         yield (
-            f"{row.sae}: {row.windows} windows are too few to say how exact the numbers are; at least {MIN_SEQUENCES} are "
-            f"needed, about {math.ceil(row.tokens * MIN_SEQUENCES / max(1, row.windows)):,} tokens"
+            f"{row.sae}: {few} too few {how}; at least {MIN_SEQUENCES} are needed, about "
+            f"{math.ceil(row.tokens * MIN_SEQUENCES / max(1, row.windows)):,} tokens"
         )
     for name, needed in row.unclear().items():
         if name == "dead_share":

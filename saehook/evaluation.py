@@ -14,23 +14,21 @@ is in the mask, in nats; sums are float64.
 What is said of reconstruction and sparsity is defined in `reconstruction.py`. The joint row pools: one FVU over all sites, L0
 summed over sites, the share of all latents; its losses are those of the tokens that are in all masks.
 
-Layers below a site run once for all variants (`prefix.py`), logits are made for a few tokens at a time (`lm_head.py`). Before
-anything is measured, x in place of x must give the clean loss.
+Layers below a site run once for all variants (`prefix.py`), logits are made for some tokens and a part of the vocabulary at a
+time (`lm_head.py`). Before anything is measured, x in place of x must give the clean loss.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saehook.config import MaskRule, activation_to_dict
+from saehook.config import MaskRule
 from saehook.edit_blocks import SourceAction
 from saehook.editing import Action, ChainAction, ReadAction, ReplaceAction
 from saehook.errors import ArgumentError
@@ -40,11 +38,12 @@ from saehook.intervals import DRAWS, LEVEL
 from saehook.lm_head import Head, Scores
 from saehook.metrics import Moments
 from saehook.prefix import Prefix
+from saehook.provenance import lm_facts, sae_facts, text_facts, versions
 from saehook.reconstruction import RATIOS, Fidelity, reconstruct
 from saehook.sae import SAE
 from saehook.sites import layers_before, resolve
 from saehook.splice_losses import LOSSES, RowLosses, values_of
-from saehook.tokenization import Windows, tokenizer_sha256
+from saehook.tokenization import Windows
 
 ALL = "all"
 BATCH_TOKENS = 4096
@@ -103,10 +102,7 @@ def evaluate(
         raise ArgumentError(
             f"the windows have shape {tuple(ids.shape)}; at least one of at least two tokens is expected."
         )
-    if check not in ("fingerprint", "off"):
-        raise ArgumentError(f"check={check!r} is unknown; expected 'fingerprint' or 'off'.")
-    if checked := check == "fingerprint":
-        hooked.check_fingerprints()
+    checked = fingerprints_checked(hooked, check)
     run = _Evaluation(hooked, ids, joint=joint)
     batches = ids.split(run.rows_at_once)
     with tqdm(total=len(batches) * run.passes, desc="evaluating", unit="pass", disable=not progress) as bar:
@@ -120,6 +116,19 @@ def evaluate(
     if run.together:
         results.append(run.joint_row(seed))
     return EvalResult(results, _provenance(run, tokens, checked=checked, seed=seed))
+
+
+def fingerprints_checked(hooked: HookedSAEs, check: str) -> bool:
+    """Whether the SAEs' fingerprints were compared: with `check` = `fingerprint`, not with `off`.
+
+    Raises:
+        ArgumentError: another `check`. SiteError: a fingerprint that does not fit.
+    """
+    if check not in ("fingerprint", "off"):
+        raise ArgumentError(f"check={check!r} is unknown; expected 'fingerprint' or 'off'.")
+    if check == "fingerprint":
+        hooked.check_fingerprints()
+    return check == "fingerprint"
 
 
 class _Evaluation:
@@ -141,7 +150,7 @@ class _Evaluation:
         self.sites = list(dict.fromkeys(site for place in self.depths for site in place[:2]))
         self.means = {place: Moments() for place in self.depths}
         self.masks: dict[_Place, list[Tensor]] = {place: [] for place in self.depths}
-        self.nan_tokens = dict.fromkeys(self.depths, 0)
+        self.nan_tokens: dict[Any, int] = dict.fromkeys([*self.depths, ALL], 0)
         self.fidelity: dict[str, Fidelity] = {}
         self.losses = {name: RowLosses(length) for name in [*hooked.sites, *([ALL] if self.together else [])]}
         self.gate: dict[str, Any] = {}
@@ -154,22 +163,26 @@ class _Evaluation:
         readers = {site: ReadAction(group, stop=True) for site in self.sites}
         self.hooked.run(ids, readers)
         self.bar.update()
+        anywhere = torch.zeros(ids.shape, dtype=torch.bool)
         for place in self.depths:
             x, y = readers[place.reads], readers[place.writes]
             assert x.value is not None
             assert y.value is not None
             mask = x.mask(place.rule)
             finite = x.value.isfinite().all(-1) & y.value.isfinite().all(-1).to(mask.device)
-            self.nan_tokens[place] += int((mask & ~finite).sum())
+            broken = (mask & ~finite).cpu()
+            self.nan_tokens[place] += int(broken.sum())
+            anywhere |= broken
             mask = mask & finite  # not in place: it may be the view's own
             self.means[place].update(y.value[mask.to(y.value.device)])
             self.masks[place].append(mask.cpu())
+        self.nan_tokens[ALL] += int(anywhere.sum())
 
     def check_tokens(self) -> None:
         """Raises ArgumentError where a row has nothing to measure; then what is left is made ready."""
         for name in self.losses:
             if not any(self.mask(name, i)[:, :-1].any() for i in range(len(next(iter(self.masks.values()))))):
-                broken = sum(self.nan_tokens.values())
+                broken = self.nan_tokens[ALL]
                 raise ArgumentError(
                     f"no token of the windows that predicts another is in the mask of {name}, so there is nothing to "
                     + (
@@ -207,7 +220,7 @@ class _Evaluation:
         if batch == 0:
             self.check_identity(clean, targets, states)
         runs = self.runs(sources, batch)
-        scores: dict[Any, Scores] = {"clean": self.head.scores(clean, [clean], targets)[0]}
+        scores: dict[Any, Scores] = {}
         at_once = max(1, MAX_STATES // max(1, clean.numel()))
         keys = list(runs)
         for first in range(0, len(keys), at_once):
@@ -217,7 +230,8 @@ class _Evaluation:
                 found.append(states(runs[key]))
                 self.bar.update()
             ablations = [i for i, (_, kind) in enumerate(group) if kind != "spliced"]
-            scores |= dict(zip(group, self.head.scores(clean, found, targets, losses_only=ablations), strict=True))
+            scored = self.head.scores(clean, found, targets, losses_only=ablations)
+            scores |= dict(zip(["clean", *group], scored, strict=True))
         self.add(scores, rows, counted)
 
     def check_identity(self, clean: Tensor, targets: Tensor, states: Callable[[_Run], Tensor]) -> None:
@@ -230,7 +244,7 @@ class _Evaluation:
         largest, equal = 0.0, True
         for run in runs:
             found = states(run)
-            before, after = (each.ce.double() for each in self.head.scores(clean, [clean, found], targets))
+            before, after = (each.ce.double() for each in self.head.scores(clean, [found], targets))
             change = (after - before)[before.isfinite()].mean().abs().item() if before.isfinite().any() else 0.0
             if not change <= GATE_NATS:
                 raise ArgumentError(
@@ -326,7 +340,7 @@ class _Evaluation:
             l0=sum(float(RATIOS["l0"](part.sums.totals())) for part in parts),
             dead_share=sum(part.dead_share * part.sae.d_sae for part in parts) / d_sae,
             d_sae=d_sae,
-            nan_tokens=max(self.nan_tokens.values()),
+            nan_tokens=self.nan_tokens[ALL],
             intervals=found,
             extra={"positions": self.losses[ALL].positions()},
             **self._counts(ALL),
@@ -353,43 +367,16 @@ def _of_source(sae: SAE, source: SourceAction, mask: Tensor, _: Tensor) -> Tenso
 
 
 def _provenance(run: _Evaluation, tokens: Windows | Tensor, *, checked: bool, seed: int) -> dict[str, Any]:
-    hooked = run.hooked
-    fits = "fits" if checked else "not checked"
-    text = (
-        {
-            "sha256": tokens.text_sha256,
-            "documents": tokens.documents,
-            "dropped_tail": tokens.dropped_tail,
-            **tokens.rule,
-            **({"dataset": tokens.dataset} if tokens.dataset else {}),
-        }
-        if isinstance(tokens, Windows)
-        else {"window": tokens.shape[1]}
-    )
     return {
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("saehook", "torch", "transformers", "nnsight")},
-        "lm": {
-            "id": hooked.model.name,
-            "revision": getattr(hooked.lm.config, "_commit_hash", None),
-            "dtype": str(hooked.lm.dtype).removeprefix("torch."),
-            "device": hooked.model.device.type,
-            "tokenizer_sha256": tokenizer_sha256(hooked.tokenizer),
-        },
-        "saes": {
-            name: {
-                "activation": activation_to_dict(sae.config.activation),
-                "dtype": str(sae.dtype).removeprefix("torch."),
-                "mask_rule": str(sae.mask_rule),
-                "fingerprint": fits if sae.metadata.get("fingerprint") else "none in the file",
-            }
-            for name, sae in hooked.saes.items()
-        },
-        "text": text,
+        "versions": versions(),
+        "lm": lm_facts(run.hooked),
+        "saes": sae_facts(run.hooked, checked=checked),
+        "text": text_facts(tokens),
         "position_rule": "losses at positions whose own token is in the mask; other tokens keep their activation",
         "inference_rule": "each token alone: TopK by its k, BatchTopK and JumpReLU by their thresholds",
         "identity": run.gate,
         "logits": "in chunks" if run.head.site else "the model's own forward: its head is unknown",
+        "batch_windows": run.rows_at_once,
         "shared_layers": {place.writes: depth for place, depth in run.depths.items()},
         "intervals": {"level": LEVEL, "draws": DRAWS, "over": "windows", "seed": seed},
     }

@@ -1,4 +1,4 @@
-"""Ratios of sums over tokens, and how far they can be trusted: a bootstrap over sequences.
+"""Ratios of sums over tokens, and how far they can be trusted: a bootstrap over sequences, or of few a jackknife.
 
 Tokens of one sequence are not independent, so what is drawn again is whole sequences (windows). A metric is a function of
 sums, never an average of ratios; it is the same function for all sequences and for each draw of them.
@@ -6,6 +6,7 @@ sums, never an average of ratios; it is the same function for all sequences and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,7 +16,9 @@ from torch import Tensor
 DRAWS = 1000
 LEVEL = 0.95
 MIN_SEQUENCES = 10
-"""With fewer sequences a bootstrap says nothing."""
+"""With fewer sequences a bootstrap is too narrow; a jackknife with Student's t takes its place."""
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
+"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom, for 2 up to `MIN_SEQUENCES` - 1 sequences."""
 _DRAWN_AT_ONCE = 2**22
 
 Sums = Mapping[str, Tensor]
@@ -53,12 +56,13 @@ class SequenceSums:
 def intervals(sums: Sums, ratios: Mapping[str, Ratio], *, seed: int = 0) -> dict[str, tuple[float, float]]:
     """The central 95 % of each ratio over `DRAWS` draws of the sequences, with replacement.
 
-    `sums`: [sequences] each. With fewer than `MIN_SEQUENCES` sequences there are none; a ratio that some draw leaves without a
-    denominator has none.
+    `sums`: [sequences] each. Of 2 up to `MIN_SEQUENCES` - 1 sequences each is left out once: value ± t · standard error of the
+    jackknife (Efron and Tibshirani 1993, ch. 11), for a mean the textbook's. One sequence has no interval, nor has a ratio
+    that some draw leaves without a denominator.
     """
     n = len(next(iter(sums.values())))
     if n < MIN_SEQUENCES:
-        return {}
+        return _jackknife(sums, ratios, n) if n > 1 else {}
     table = torch.stack(list(sums.values()), 1)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
@@ -78,4 +82,16 @@ def intervals(sums: Sums, ratios: Mapping[str, Ratio], *, seed: int = 0) -> dict
         if values.isfinite().all():
             low, high = values.quantile(tails).tolist()
             found[name] = (low, high)
+    return found
+
+
+def _jackknife(sums: Sums, ratios: Mapping[str, Ratio], n: int) -> dict[str, tuple[float, float]]:
+    totals = {name: each.sum() for name, each in sums.items()}
+    without = {name: totals[name] - each for name, each in sums.items()}
+    found = {}
+    for name, ratio in ratios.items():
+        value, values = float(ratio(totals)), ratio(without)
+        error = STUDENT[n - 2] * float(((n - 1) * values.var(correction=0)).sqrt())
+        if math.isfinite(value + error):
+            found[name] = (value - error, value + error)
     return found

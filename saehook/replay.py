@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saehook import hub
-from saehook.checkpoint import CONFIG, STATS, WEIGHTS
+from saehook.checkpoint import WEIGHTS, file_hashes
 from saehook.errors import ArgumentError, FileError
 from saehook.files import sha256
 from saehook.interventions import AnyEdit, Program
@@ -27,7 +27,6 @@ from saehook.program_file import ModelRef, ProgramFile, ReplayVector, SAERef, wr
 if TYPE_CHECKING:
     from saehook.hooked_model import HookedModel
     from saehook.hooked_saes import HookedSAEs
-    from saehook.sae import SAE
 
 NEW_TOKENS, TOP = 4, 5
 TOLERANCE = {"float32": 1e-3, "float64": 1e-3}
@@ -200,7 +199,7 @@ def compare_files(hooked: HookedSAEs, file: ProgramFile) -> tuple[list[str], lis
         if sae.source is None:
             unchecked.append(f"the SAE at {site}, which was loaded from no file.")
             continue
-        differences += _hash_differences(_hashes(sae), ref.sha256, f"the SAE {sae.source.name} at {site}")
+        differences += _hash_differences(file_hashes(sae), ref.sha256, f"the SAE {sae.source.name} at {site}")
     return differences, unchecked
 
 
@@ -248,7 +247,7 @@ def _sae_ref(hooked: HookedSAEs, site: str) -> SAERef:
             "load_sae reads."
         )
     _, reads, writes = hooked.attached[site]
-    hashes = _hashes(sae)
+    hashes = file_hashes(sae)
     if not {WEIGHTS, sae.source.name} & set(hashes):
         raise FileError(
             f"{sae.source}, from which the SAE at {site} was read, is or holds no {WEIGHTS} any more. Load it again."
@@ -262,13 +261,6 @@ def _sae_ref(hooked: HookedSAEs, site: str) -> SAERef:
         path=place.path if place else sae.source.name,
         revision=place and place.revision,
     )
-
-
-def _hashes(sae: SAE) -> dict[str, str]:
-    assert sae.source is not None
-    if sae.source.is_file():
-        return {sae.source.name: sha256(sae.source)}
-    return {name: sha256(sae.source / name) for name in (CONFIG, WEIGHTS, STATS) if (sae.source / name).is_file()}
 
 
 def _model_ref(model: HookedModel) -> ModelRef:

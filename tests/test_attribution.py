@@ -12,7 +12,7 @@ from builders import BOS, EOS, VOCAB, WIDTH, build_lm, byte_tokenizer, random_id
 from torch import Tensor
 
 import saehook
-from saehook import ablate, attribution, tokens
+from saehook import ablate, latent_effects, tokens
 from saehook.attribution import Attribution, Logit, LogProb, Loss
 from saehook.config import MaskRule, ReLU, SAEConfig
 from saehook.errors import ArgumentError, MissingStatError, SiteError
@@ -188,7 +188,7 @@ def test_small_parts_give_the_same(models_by_name, monkeypatch, how):
     model, _ = models_by_name("llama")
     hooked = model.attach({RESID: tiny_sae(activation="topk"), MLP: tiny_sae(activation="topk", seed=1)})
     whole = hooked.attribute(IDS, curved, **how)
-    monkeypatch.setattr(attribution, "MAX_NUMBERS", 11 * len(IDS) * VOCAB if "exact" in how else 100)
+    monkeypatch.setattr(latent_effects, "MAX_NUMBERS", 11 * len(IDS) * VOCAB if "exact" in how else 100)
     same(whole, hooked.attribute(IDS, curved, **how))
     hooked.detach()
 

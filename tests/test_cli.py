@@ -17,6 +17,7 @@ import saehook
 from saehook import Program, steer
 from saehook.cli import main
 from saehook.commands import demo
+from saehook.commands.eval import labels
 from saehook.eval_result import EvalResult
 
 WORDS = "the cat sees a red house and the dog runs under the tree . " * 200
@@ -251,7 +252,7 @@ def test_a_mistake_is_said_and_is_exit_code_two(own, command, message, capsys):
 def test_an_evaluation_of_few_tokens_says_how_many_it_takes(own, capsys):
     assert main(f"eval --lm {own['lm']} --sae {own['sae']} --text {own['text']} --tokens 200".split()) == 0
     said = capsys.readouterr().out
-    assert "windows are too few to say how exact the numbers are; at least 10 are needed" in said
+    assert "windows are too few for a bootstrap, so intervals are by Student's t; at least 10 are needed" in said
     assert "too few tokens for the share of dead latents" in said
 
 
@@ -291,3 +292,17 @@ def test_a_sweep_from_a_file(own, tmp_path, capsys):
     ):
         assert main(["train", *wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_names_of_saes_tell_them_apart():
+    """As many folders as it takes; one that is given twice is numbered."""
+    folders = ["runs/a/x", "runs/b/x", "y", "other/b/x", "y"]
+    found = labels({str(i): Path(folder) for i, folder in enumerate(folders)})
+    assert list(found.values()) == ["a/x", "runs/b/x", "y#0", "other/b/x", "y#1"]
+
+
+def test_an_evaluation_of_nothing(capsys, tmp_path):
+    assert main(["eval", "--tokens", "0"]) == 2
+    assert "nothing can be measured on no text" in capsys.readouterr().err
+    assert main(["eval", "--lm", str(tmp_path / "gone"), "--sae", str(saehook.bundled("sae"))]) == 2
+    assert "there is no language model at" in capsys.readouterr().err

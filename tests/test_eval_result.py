@@ -90,6 +90,10 @@ def test_few_windows_and_what_is_not_finite_are_said():
     assert "at least 10 are needed, about 25,000 tokens" in said
     assert "1,234 tokens have activations that are not finite" in said
     assert "5 tokens have a loss that is not finite" in said
+    one = EvalResult([dataclasses.replace(ROW, windows=1, intervals={})]).table()
+    assert "a: 1 window is too few to say how exact" in one
+    assert "≈ 0.2" in one, "one digit"
+    assert "0.250" not in one
 
 
 def test_more_blocks():

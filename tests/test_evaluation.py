@@ -162,6 +162,7 @@ def test_json_round_trip_and_provenance(model, text):
     assert EvalResult.from_json(result.to_json()) == result
     assert data["provenance"]["text"]["sha256"] == text.text_sha256
     assert data["provenance"]["lm"]["id"] == "lm"
+    assert data["provenance"]["text"]["ids"] == text.ids.numel()
     assert RESID in result.table()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saehook.intervals import MIN_SEQUENCES, SequenceSums, intervals
+from saehook.intervals import MIN_SEQUENCES, STUDENT, SequenceSums, intervals
 
 MEAN = {"mean": lambda s: s["x"] / s["n"]}
 
@@ -48,14 +48,27 @@ def test_a_ratio_of_sums_is_no_mean_of_ratios():
 
 
 def test_what_too_few_sequences_say():
+    """One says nothing; of a few the interval of a mean is the textbook's, with Student's t."""
     values = torch.rand(MIN_SEQUENCES, 3)
-    assert not intervals(sums_of(values[1:]).by_sequence(), MEAN)
+    assert not intervals(sums_of(values[:1]).by_sequence(), MEAN)
     assert intervals(sums_of(values).by_sequence(), MEAN)
+    for n in (2, 4, MIN_SEQUENCES - 1):
+        low, high = intervals(sums_of(values[:n, :1]).by_sequence(), MEAN)["mean"]
+        some = values[:n, 0].double()
+        assert (low + high) / 2 == pytest.approx(some.mean().item())
+        assert (high - low) / 2 == pytest.approx(STUDENT[n - 2] * some.std().item() / n**0.5)
+
+
+def test_few_sequences_hold_the_truth_as_often_as_they_say():
+    values = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0)).double()
+    found = [intervals({"x": row, "n": torch.ones(4)}, MEAN)["mean"] for row in values]
+    assert sum(low < 0 < high for low, high in found) / len(found) == pytest.approx(0.95, abs=0.02)
 
 
 def test_a_denominator_of_zero_has_no_interval():
     zero = {"none": lambda s: s["x"] / (s["n"] - s["n"]), **MEAN}
-    assert set(intervals(sums_of(torch.rand(20, 2)).by_sequence(), zero)) == {"mean"}
+    for n in (3, 20):
+        assert set(intervals(sums_of(torch.rand(n, 2)).by_sequence(), zero)) == {"mean"}
 
 
 def test_parts_of_several_processes_and_the_seed():

@@ -22,8 +22,9 @@ LAYERS = [
     "tracks readback program_file",
     "checkpoint latent_notes writers reconstruction eval_result row_edits edit_blocks editing tap_point results edit_plan "
     "full_report sampling_noise calibration methods",
-    "attachment runs attribution dose_response kl_strength hooked_saes hooked_model fit streaming sae_run trainer",
-    "harvest activation_cache lm_head evaluation latent_stats inspection continuation kl_tuning replay export "
+    "attachment runs attribution_metrics latent_effects attribution dose_response kl_strength hooked_saes hooked_model fit "
+    "streaming sae_run trainer",
+    "harvest activation_cache provenance lm_head evaluation latent_stats inspection continuation kl_tuning replay export "
     "neuronpedia distributed/*",
     "charts model_card page reports suite_report eval_report training_run dashboards latent_page latent_search suite/* adapters/*",
     "app/*",

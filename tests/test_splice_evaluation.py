@@ -141,13 +141,16 @@ def test_the_joint_row_is_the_spliced_model_and_agreement_and_positions_are_by_h
     assert joint.windows == 14
 
 
-def test_few_windows_have_no_intervals(models_by_name):
+def test_few_windows_have_wide_intervals_and_one_has_none(models_by_name):
     model, _ = models_by_name("llama")
     hooked = model.attach({SITE: tiny_sae()})
-    result = evaluate(hooked, IDS[:2], progress=False)
+    one, few, more = (evaluate(hooked, IDS[:n], progress=False) for n in (1, 3, 14))
     hooked.detach()
-    assert not result.results[0].intervals
-    assert "2 windows are too few" in result.table()
+    assert not one.results[0].intervals
+    assert "1 window is too few" in one.table()
+    assert "3 windows are too few for a bootstrap" in few.table()
+    (low, high), (lower, upper) = (found.results[0].intervals["kl"] for found in (few, more))
+    assert high - low > upper - lower
 
 
 def test_a_seed_decides_the_intervals_and_nothing_else(models_by_name):
@@ -199,7 +202,8 @@ def test_activations_that_are_not_finite_are_counted_and_not_averaged():
         }
         lost = ~lm(ids, use_cache=False).logits.isfinite().all(-1)
     assert broken["layers.0.resid_pre"].sum() == 2 < broken[SITE].sum()
-    for row, site in zip(rows, [*broken, SITE], strict=True):
+    broken["both"] = broken["layers.0.resid_pre"] | broken[SITE]
+    for row, site in zip(rows, broken, strict=True):
         assert row.nan_tokens == broken[site].sum()
         assert row.tokens == (ordinary & ~broken[site]).sum()
         assert row.nan_losses == (ordinary & ~broken[site] & lost)[:, :-1].sum()

@@ -453,6 +453,11 @@ def test_metrics_that_compare_several_things_from_the_shell(tmp_path, capsys):
     assert {(row["sae"], row["metric"]) for row in suite["rows"]} == {("seed0, seed1", "stability")}
     assert suite["provenance"]["lm_checkpoints"] == [1000, 2000]
     assert {gone["metric"] for gone in suite["left_out"]} == {"compute_equivalent"}
+    one = base[: base.index("--sae")] + ["--sae", str(tmp_path / "seed0"), "--suite", "stability"]
+    assert main(one) == 2
+    said = capsys.readouterr()
+    assert "stability compares SAEs of one site" in said.err
+    assert not said.out, "before the evaluation"
     assert main([*base, "stability", "--lm-checkpoints", f"1k={lm}"]) == 2
     assert "--lm-checkpoints is for --suite full or compute_equivalent" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -113,6 +113,11 @@ def evaluated(
     text = held_out_text(documents, arguments.tokens, hooked.model)
     probed = bool({"probe_loss", "absorption"} & set(metrics))
     tasks = probe_tasks(arguments.probe_tasks, documents, seed) if probed else []
+    only = None if set(metrics) == set(METRICS) else metrics
+    if metrics:
+        from saehook.suite.run import check_suite
+
+        check_suite(hooked, only, tasks, lm_checkpoints=bool(arguments.lm_checkpoints))
     if not arguments.text:
         note_other_text(hooked, text)
     result = run(hooked, text, names=labels(folders), check=check, seed=seed)
@@ -128,7 +133,8 @@ def evaluated(
             names=labels(folders),
             tasks=tasks,
             lm_checkpoints=((step, load_model(lm)) for step, lm in given) if given else (),
-            only=None if set(metrics) == set(METRICS) else metrics,
+            only=only,
+            check=check,
             seed=seed,
         )
         print(suite.table())
@@ -150,9 +156,16 @@ def probe_tasks(files: Sequence[str] | None, documents: Iterable[Document] | Non
 
 
 def labels(folders: dict[str, Path]) -> dict[str, str]:
-    """Names of the folders, with the folder above where several have the same name."""
-    names = [folder.resolve().name for folder in folders.values()]
-    return {
-        name: own if names.count(own) == 1 else f"{folder.resolve().parent.name}/{own}"
-        for (name, folder), own in zip(folders.items(), names, strict=True)
-    }
+    """Names of the folders, with as many folders above as tell all apart; numbered where one is given twice."""
+    paths = [folder.resolve() for folder in folders.values()]
+    found = []
+    for i, path in enumerate(paths):
+        others = [other for other in paths if other != path]
+        own = next(tail for n in range(1, len(path.parts) + 1) if _unlike(tail := path.parts[-n:], others))
+        again = f"#{paths[:i].count(path)}" if paths.count(path) > 1 else ""
+        found.append("/".join(own) + again)
+    return dict(zip(folders, found, strict=True))
+
+
+def _unlike(tail: tuple[str, ...], paths: Iterable[Path]) -> bool:
+    return all(path.parts[-len(tail) :] != tail for path in paths)

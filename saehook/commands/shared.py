@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehook.bundle import bundled
 from saehook.config import count
-from saehook.errors import ArgumentError
+from saehook.errors import ArgumentError, FileError
 
 if TYPE_CHECKING:
     from saehook.corpus import Document
@@ -74,6 +74,8 @@ def load_model(name: str) -> HookedModel:
 
     logging.disable_progress_bar()
     if not hub.is_hub_name(name):
+        if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+            raise FileError(f"there is no language model at {name}. Name a folder, or owner/name on the hub.")
         return HookedModel.from_pretrained(name)
     place = hub.parse(name)
     return HookedModel.from_pretrained(place.repo, revision=place.revision or "main")
@@ -162,7 +164,13 @@ def hooked_for(file: ProgramFile, lm: str | None, saes: list[str] | None) -> Hoo
 
 
 def held_out_text(documents: Iterable[Document] | None, tokens: int, model: HookedModel) -> Windows:
-    """Windows of the text, or of the held-out modules."""
+    """Windows of the text, or of the held-out modules.
+
+    Raises:
+        ArgumentError: no token is asked for. Those of `tokenization.windows`.
+    """
+    if tokens < 1:
+        raise ArgumentError(f"--tokens {tokens}: nothing can be measured on no text. At least 1 is expected.")
     from saehook import corpus
     from saehook.tokenization import window_size, windows
 

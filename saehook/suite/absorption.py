@@ -6,11 +6,12 @@ For a task, on half of its examples: p is the direction of a logistic probe on x
 has the best F1, and others as long as each adds more than 0.03. On the other half, of the true positives of the probe:
 
     projection of a latent = z_i W_dec[i] · p,    total = (x - b_dec) · p
-    M = that of the main latents, A = min(that of the three largest others with cos(W_dec[i], p) ≥ 0.1, total - M)
-    absorbed = A / (A + M), and 0 where M ≥ total or A < 0.4 total; 1 where then M ≤ 0
+    M = that of the main latents, R = that of the three largest others with cos(W_dec[i], p) ≥ 0.1, A = min(R, total - M)
+    absorbed = A / (A + M), and 0 where M ≥ total or R < 0.4 total or total ≤ 0; 1 where then M ≤ 0
 
-Different from SAEBench: main latents by their firing alone, without k-sparse probes; the offset b_dec is no latent's and is
-taken off. Compare numbers of this library with one another only.
+With main latents and direction given, this is SAEBench's share of a word. Different from it: main latents by their firing
+alone, without k-sparse probes; the offset b_dec is no latent's and is taken off. Compare numbers of this library with one
+another only.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def absorbed_share(sae: SAE, x: Tensor, main: Sequence[int], direction: Tensor) 
     largest = others.topk(min(3, others.shape[1]), dim=-1).values.clamp(min=0).sum(-1)
     theirs = torch.minimum(largest, total - mine)
     share = torch.where(mine <= 0, 1.0, theirs / (theirs + mine))
-    return torch.where((mine >= total) | (theirs < 0.4 * total), 0.0, share)
+    return torch.where((mine >= total) | (largest < 0.4 * total) | (total <= 0), 0.0, share)
 
 
 @torch.no_grad()

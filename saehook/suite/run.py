@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,6 +14,8 @@ from tqdm.auto import tqdm
 
 from saehook import corpus
 from saehook.errors import ArgumentError
+from saehook.evaluation import fingerprints_checked
+from saehook.provenance import lm_facts, sae_facts, text_facts, versions
 from saehook.suite import METRICS
 from saehook.suite.ablation_sparsity import ablation_sparsity
 from saehook.suite.absorption import absorption
@@ -31,7 +31,7 @@ from saehook.suite.progressive_code import default_ks, loss_by_k, progressive_co
 from saehook.suite.sample import Sample, ids_of, read_samples, spread
 from saehook.suite.shrinkage import shrinkage
 from saehook.suite.steering import steering
-from saehook.tokenization import Windows, tokenizer_sha256
+from saehook.tokenization import Windows
 
 if TYPE_CHECKING:
     from saehook.hooked_model import HookedModel
@@ -106,6 +106,7 @@ def run_suite(
     tasks: Sequence[ProbeTask] | None = None,
     lm_checkpoints: Iterable[tuple[float, HookedModel]] = (),
     only: Sequence[str] | None = None,
+    check: str = "fingerprint",
     seed: int = 0,
     progress: bool = True,
 ) -> SuiteResult:
@@ -117,23 +118,22 @@ def run_suite(
         tasks: probe tasks; default: those that are made from the held-out modules of the standard library.
         lm_checkpoints: (step, model) of the language model's own training, for `compute_equivalent`.
         only: some of `suite.METRICS`; default: all, `stability` and `compute_equivalent` where there is what they compare.
+        check: `fingerprint` or `off`, as for `evaluate`.
         seed: of everything drawn at random: tokens, latents, examples.
 
     Raises:
+        SiteError: an SAE of another model.
         ArgumentError: no window or no token that counts; an unknown metric; a task with too few examples; `stability` is
             asked for and no site has two SAEs, or `compute_equivalent` without checkpoints.
     """
+    checked = fingerprints_checked(hooked, check)
+    check_suite(hooked, only, tasks, lm_checkpoints=bool(lm_checkpoints))
     wanted = tuple(METRICS if only is None else only)
-    if unknown := [metric for metric in wanted if metric not in METRICS]:
-        raise ArgumentError(f"there is no metric {', '.join(map(repr, unknown))}; there are {', '.join(METRICS)}.")
     several = _several(hooked)
-    if only is not None:
-        _check_given(only, several, bool(lm_checkpoints))
     ids = spread(ids_of(tokens), TOKENS)
     probed = bool({"probe_loss", "absorption"} & set(wanted))
     if probed:
         tasks = make_tasks(corpus.read_documents(corpus.held_out_files()), seed=seed) if tasks is None else tasks
-        check_tasks(tasks)
     samples = read_samples(hooked, ids)
     examples = read_examples(hooked, tasks) if probed and tasks is not None else {}
     rows: list[SuiteRow] = []
@@ -160,7 +160,9 @@ def run_suite(
             parts = [samples[name] for name in group]
             both = ", ".join((names or {}).get(name, name) for name in group)
             measured(both, hooked.attached[group[0]].reads, "stability", functools.partial(_stability, parts))
-    provenance = _provenance(hooked, tokens, samples, wanted, tasks, seed) | {"lm_checkpoints": list(curve)}
+    provenance = _provenance(hooked, tokens, samples, wanted, tasks, seed, checked=checked) | {
+        "lm_checkpoints": list(curve)
+    }
     return SuiteResult(rows, left_out, responses, provenance)
 
 
@@ -172,13 +174,24 @@ def _several(hooked: HookedSAEs) -> list[list[str]]:
     return [names for names in places.values() if len(names) > 1]
 
 
-def _check_given(only: Sequence[str], several: list[list[str]], lm_checkpoints: bool) -> None:
-    """Raises ArgumentError where a metric that is asked for has nothing to compare."""
-    if "stability" in only and not several:
+def check_suite(
+    hooked: HookedSAEs, only: Sequence[str] | None, tasks: Sequence[ProbeTask] | None, *, lm_checkpoints: bool
+) -> None:
+    """What `run_suite` asks of its arguments, before anything is measured; `lm_checkpoints`: whether there are any.
+
+    Raises:
+        ArgumentError: an unknown metric, a task with too few examples, a metric that is asked for and has nothing to compare.
+    """
+    wanted = METRICS if only is None else only
+    if unknown := [metric for metric in wanted if metric not in METRICS]:
+        raise ArgumentError(f"there is no metric {', '.join(map(repr, unknown))}; there are {', '.join(METRICS)}.")
+    if tasks is not None and {"probe_loss", "absorption"} & set(wanted):
+        check_tasks(tasks)
+    if only is not None and "stability" in only and not _several(hooked):
         raise ArgumentError(
             "stability compares SAEs of one site, such as those of several seeds, and every site has one. Attach more."
         )
-    if "compute_equivalent" in only and not lm_checkpoints:
+    if only is not None and "compute_equivalent" in only and not lm_checkpoints:
         raise ArgumentError(
             "compute_equivalent compares with checkpoints of the language model's training, and none are given "
             "(--lm-checkpoints STEP=LM, at least two)."
@@ -238,17 +251,17 @@ def _provenance(
     wanted: Sequence[str],
     tasks: Sequence[ProbeTask] | None,
     seed: int,
+    *,
+    checked: bool,
 ) -> dict[str, Any]:
     return {
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("saehook", "torch", "transformers")},
-        "text_sha256": tokens.text_sha256 if isinstance(tokens, Windows) else None,
-        "tokenizer_sha256": tokenizer_sha256(hooked.tokenizer),
-        "dtype": str(hooked.lm.dtype),
+        "versions": versions(),
+        "lm": lm_facts(hooked),
+        "saes": sae_facts(hooked, checked=checked),
+        "text": text_facts(tokens),
         "metrics": list(wanted),
         "seed": seed,
         "tokens": {name: len(sample) for name, sample in samples.items()},
         "not_finite": {name: sample.not_finite for name, sample in samples.items()},
-        "mask_rule": {name: str(sample.sae.mask_rule) for name, sample in samples.items()},
         "probe_tasks": {task.name: len(task.texts) for task in tasks or ()},
     }
