@@ -109,7 +109,8 @@ class Trainer:
 
         `resume` goes on from the newest checkpoint, with `batches` made anew: those that can say where they were
         (`harvest.Shuffled`) go on there, others are read again up to that place. On a CPU the result has the same bits
-        as that of a run that was never interrupted. On several devices the SAEs have some of the latents on each, and work where all call them.
+        as that of a run that was never interrupted. On several devices the SAEs have some of the latents on each, and work
+        where all call them.
 
         Warns (UserWarning) where the activations ended early, or where no token was left to calibrate a threshold.
 
