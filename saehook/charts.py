@@ -32,6 +32,7 @@ CSS = """
 .rule { stroke: var(--rule); }
 .axis { stroke: var(--soft); }
 .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round; vector-effect: non-scaling-stroke; }
+.dot { stroke-width: 8; }
 .bar { fill: var(--bar); }
 .band { fill: transparent; }
 .band:hover { fill: var(--hover); }
@@ -52,8 +53,14 @@ class Curve:
 
     @property
     def path_class(self) -> str:
-        """Class of its path, here and in the legend."""
-        return f"line n{self.number} c{self.number % len(LIGHT)} d{self.number // len(LIGHT) % len(DASHES)}"
+        """Class of its path, here and in the legend; a curve of one point is a dot."""
+        dot = " dot" if len(self.points) == 1 else ""
+        return f"line n{self.number} c{self.number % len(LIGHT)} d{self.number // len(LIGHT) % len(DASHES)}{dot}"
+
+    @property
+    def key(self) -> str:
+        """Its line for a legend."""
+        return f'<svg class="key" viewBox="0 0 36 8"><path class="{Curve("", self.number, []).path_class}" d="M2 4H34"/></svg>'
 
 
 @dataclass(frozen=True)

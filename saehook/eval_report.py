@@ -84,14 +84,14 @@ def _facts(result: EvalResult) -> str:
 
 
 def _numbers(rows: list[EvalRow]) -> str:
-    """Every number with its interval; those that no row has are left out."""
+    """Every number with its interval, and the line of each SAE in the pictures; numbers that no row has are left out."""
     known = [name for name in (rows[0].numbers() if rows else {}) if name not in ("sae", "site")]
     names = [name for name in known if any(getattr(row, name) is not None for row in rows)]
     body = []
-    for row in rows:
+    for i, row in enumerate(rows):
         first = "<br/>".join(dict.fromkeys(map(escape, (row.sae, row.site))))
-        body.append((first, [_with_interval(row, name) for name in names]))
-    note = "Losses in nats per token; in brackets 95 % intervals by a bootstrap over windows. Dead: fired on none of the tokens."
+        body.append((Curve(row.sae, i, []).key + first, [_with_interval(row, name) for name in names]))
+    note = "Losses in nats per token; in brackets 95 % intervals over windows. Dead: fired on none of the tokens."
     return table(["sae, site", *(name.replace("_", " ") for name in names)], body) + f"<p>{note}</p>"
 
 

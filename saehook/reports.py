@@ -157,9 +157,8 @@ def _legend(log: Log) -> str:
     metrics = [metric for metric in CHARTS if any(metric.key in line for lines in log.values() for line in lines)]
     rows = []
     for number, (name, lines) in enumerate(log.items()):
-        key = f'<svg class="key" viewBox="0 0 36 8"><path class="{Curve(name, number, []).path_class}" d="M2 4H34"/></svg>'
         last = [human(lines[-1].get(metric.key), _is_share(metric.key)) for metric in metrics]
-        rows.append((key + escape(name), [human(lines[-1]["tokens"]), *last]))
+        rows.append((Curve(name, number, []).key + escape(name), [human(lines[-1]["tokens"]), *last]))
     return table(["At the end of the log", "Tokens", *(metric.title for metric in metrics)], rows) if rows else ""
 
 

@@ -75,6 +75,9 @@ def test_plots_show_the_blocks(result, tmp_path):
     paths = [path for path in page.figures["KL, by position"].iter("path") if "line" in (path.get("class") or "")]
     assert len(paths) == 3
     assert all(path.get("d", "").count("L") == len(row.extra["positions"]["position"]) - 1 for path in paths)
+    dots = [path.get("class", "") for path in page.figures["Loss added against L0"].iter("path")]
+    assert sum("dot" in each.split() for each in dots) == 3, "points that can be seen"
+    assert page.source.count('class="key"') == 3, "and whose they are"
 
 
 def test_it_opens_offline_and_runs_nothing(result, tmp_path):
