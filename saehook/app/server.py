@@ -57,13 +57,15 @@ def serve(
         allowed_hosts: names under which the page may be asked for, beside `host` and this machine's own; a request for another
             name is refused (a foreign web page could otherwise use the visitor's browser to reach this one).
         sae_paths: see `build_app`.
-        mcp: offer the named endpoints to language models, too, by the Model Context Protocol (`pip install 'gradio[mcp]'`).
+        mcp: offer the named endpoints to language models, too, by the Model Context Protocol, at
+            /gradio_api/mcp/ (`pip install 'saehook[mcp]'`).
 
     Raises:
-        ArgumentError: `mcp` without its packages.
+        ArgumentError: `mcp` without its package.
     """
     if mcp and importlib.util.find_spec("mcp") is None:
-        raise ArgumentError("mcp=True needs packages that are not there. Run: pip install 'gradio[mcp]'.")
+        # `gradio[mcp]` asks for the same package, and for an older pydantic than is needed.
+        raise ArgumentError("mcp=True needs the package mcp, which is not there. Run: pip install 'mcp>=1.21,<2'.")
     app = build_app(hooked, limits=limits, sae_paths=sae_paths)
     hosts = list(dict.fromkeys(["127.0.0.1", "localhost", host, *allowed_hosts]))
     app.launch(

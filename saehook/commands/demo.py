@@ -36,7 +36,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--host", default="127.0.0.1", help="address to serve on (default: this machine only)")
     sub.add_argument("--port", type=int, default=7860, help="port to serve on (default: 7860)")
     sub.add_argument(
-        "--mcp", action="store_true", help="offer the page's endpoints by MCP, too (pip install 'gradio[mcp]')"
+        "--mcp", action="store_true", help="offer the page's endpoints by MCP, too (pip install 'mcp>=1.21,<2')"
     )
     sub.add_argument("--no-serve", action="store_true", help="only evaluate")
 
