@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 ANYIO = ("anyio._backends._asyncio", "anyio.streams.file", "anyio.streams.tls")
 """Modules whose classes check the annotations of all that they inherit."""
 

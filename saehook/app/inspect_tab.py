@@ -132,7 +132,8 @@ class InspectTab:
         sort: str = "activation", dense: float | None = 100, least: float | None = 0, words: str = "",
     ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Values of the strip and the tables."""
-        if reading is None:  # not read yet, or forgotten: the page was open for long
+        hooked = self.shared.hooked
+        if reading is None or reading.site not in hooked.saes:  # not read yet, or forgotten: the page was open for long
             return NO_TOKENS, empty_table(UNREAD), empty_table("")
         if site and site != reading.site:
             caption = f"The text was read at {reading.site}. Press Read for {site}."
@@ -141,7 +142,7 @@ class InspectTab:
                 empty_table(caption),
                 next_value(reading, span),
             )
-        sae = self.shared.hooked.saes[reading.site]
+        sae = hooked.saes[reading.site]
         latent, problem = None, None
         try:
             latent = one_latent(chosen, sae)

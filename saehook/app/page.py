@@ -21,6 +21,8 @@ from saehook.app.search_tab import SearchTab
 from saehook.app.shared import ON_MODEL, QUIET, Shared
 from saehook.app.sidebar import Sidebar, make_kind
 from saehook.app.sweep_tab import SweepTab
+from saehook.app.upload_form import UploadForm
+from saehook.app.uploads import Uploads
 from saehook.hooked_saes import HookedSAEs
 
 TITLE = "saehook: read and edit a language model, one latent at a time"
@@ -45,12 +47,17 @@ PROMPT_NAMES = ["a Python class", "reading a file", "a novel", "a docstring"]
 
 
 def build_app(
-    hooked: HookedSAEs, *, limits: Limits | None = None, sae_paths: Mapping[str, Any] | None = None
+    hooked: HookedSAEs,
+    *,
+    limits: Limits | None = None,
+    sae_paths: Mapping[str, Any] | None = None,
+    uploads: bool = False,
 ) -> gr.Blocks:
     """The page for a model with SAEs attached; `serve` launches it safely.
 
     Args:
         sae_paths: where each SAE lies, by site, to be named in the Python that repeats a run.
+        uploads: see `serve`.
     """
     limits = limits or Limits()
     paths = {site: str(path) for site, path in (sae_paths or {}).items()}
@@ -89,7 +96,9 @@ def build_app(
                     kind = make_kind()
                     to_edit = gr.Button("Edit this latent", elem_id="to-edit", scale=1, min_width=110)
         reading = gr.State(None, time_to_live=3600)
-        shared = Shared(hooked, limits, paths, prompt, site, latent, reading, editor, chat, gr.State(None))
+        shared = Shared(
+            Uploads(hooked, limits), limits, paths, prompt, site, latent, reading, editor, chat, gr.State(None)
+        )
         shared.controls += [prompt, chat, site, latent, kind]
         shared.tab = gr.State("inspect")
         with gr.Tabs(selected="inspect", elem_id="tabs") as shared.tabs:
@@ -107,13 +116,16 @@ def build_app(
                 SearchTab(shared)
             with _tab(shared, "SAE card", "card") as tab:
                 CardTab(shared, tab)
+                upload = UploadForm(shared) if uploads else None
         with below_editor:
             sidebar = Sidebar(shared)
         inspect.reads_on([read_button.click, prompt.submit, site.input])
         inspect.start(PROMPTS[0])
         sidebar.wire(to_edit, kind, generate, inspect.shown, blocks)
+        if upload is not None:
+            upload.wire(inspect.shown, blocks)
         blocks.load(None, None, None, js=CLOSE_SIDEBAR, **QUIET)
-        for name, function in endpoints(hooked, limits).items():
+        for name, function in endpoints(shared.uploads, limits).items():
             api(function, api_name=name, **ON_MODEL)
     return blocks.queue(max_size=limits.queue, default_concurrency_limit=1)
 

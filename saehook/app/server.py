@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -11,10 +11,10 @@ from gradio.themes import Base, Default
 from gradio.themes.utils.fonts import LocalFont
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import JSONResponse
 
 from saehook.app.limits import Limits
 from saehook.app.page import build_app
+from saehook.app.refusals import Refusals
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 
@@ -46,6 +46,7 @@ def serve(
     limits: Limits | None = None,
     sae_paths: Mapping[str, Any] | None = None,
     mcp: bool = False,
+    uploads: bool = False,
     block: bool = True,
     quiet: bool = False,
 ) -> gr.Blocks:
@@ -59,6 +60,7 @@ def serve(
         sae_paths: see `build_app`.
         mcp: offer the named endpoints to language models, too, by the Model Context Protocol, at
             /gradio_api/mcp/ (`pip install 'saehook[mcp]'`).
+        uploads: a visitor may send an SAE, which is then attached for that visitor: its cfg.json and `.safetensors` files.
 
     Raises:
         ArgumentError: `mcp` without its package.
@@ -66,7 +68,8 @@ def serve(
     if mcp and importlib.util.find_spec("mcp") is None:
         # `gradio[mcp]` asks for the same package, and for an older pydantic than is needed.
         raise ArgumentError("mcp=True needs the package mcp, which is not there. Run: pip install 'mcp>=1.21,<2'.")
-    app = build_app(hooked, limits=limits, sae_paths=sae_paths)
+    limits = limits or Limits()
+    app = build_app(hooked, limits=limits, sae_paths=sae_paths, uploads=uploads)
     hosts = list(dict.fromkeys(["127.0.0.1", "localhost", host, *allowed_hosts]))
     app.launch(
         server_name=host,
@@ -76,6 +79,7 @@ def serve(
         strict_cors=True,
         allowed_paths=[],
         enable_monitoring=False,
+        max_file_size=limits.upload_bytes if uploads else 0,
         mcp_server=mcp,
         pwa=False,
         ssr_mode=False,
@@ -84,7 +88,7 @@ def serve(
         app_kwargs={
             "middleware": [
                 Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
-                Middleware(Refusals, limits=limits or Limits()),
+                Middleware(Refusals, limits=limits, uploads=uploads),
             ]
         },
         theme=theme(),
@@ -93,47 +97,6 @@ def serve(
         quiet=quiet,
     )
     return app
-
-
-Message = MutableMapping[str, Any]
-
-
-class Refusals:
-    """Refuses uploads, and says why where Gradio refuses without a number, or with one that its page does not show."""
-
-    def __init__(self, app: Any, limits: Limits) -> None:
-        self.app, self.limits = app, limits
-
-    async def __call__(
-        self,
-        scope: Message,
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
-    ) -> None:
-        """One request."""
-        path = scope.get("path", "").rstrip("/")
-        if scope["type"] != "http" or not path.endswith(("/upload", "/queue/join")):
-            await self.app(scope, receive, send)
-        elif path.endswith("/upload"):
-            size = dict(scope["headers"]).get(b"content-length", b"some").decode("latin-1")[:20]
-            says = f"A file of {size} bytes was sent; this page takes 0: it has no uploads."
-            await JSONResponse({"detail": says}, 413)(scope, receive, send)
-        else:
-            full = False
-
-            async def told(message: Message) -> None:
-                nonlocal full
-                full = full or message.get("status") == 503
-                if not full:
-                    await send(message)
-
-            await self.app(scope, receive, told)
-            if full:  # at 503 the browser shows a sentence of its own
-                n = self.limits.queue
-                says = (
-                    f"The model is busy: {n} requests wait for it, and this page lets {n} wait. Try again in a moment."
-                )
-                await JSONResponse({"detail": says}, 429)(scope, receive, send)
 
 
 def theme() -> Base:
