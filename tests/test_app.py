@@ -37,8 +37,10 @@ from saehook import (
     cli,
     generation,
     latent,
+    load_sae,
     matching,
     prompt,
+    save_sae,
     scale,
     steer,
     swap,
@@ -47,7 +49,7 @@ from saehook import (
 from saehook.app import Limits, build_app, serve
 from saehook.app.cancellable import Cancelled, Done, Progress, in_background
 from saehook.app.generate_tab import CHOSEN, on_stop
-from saehook.app.inspect_tab import COLOURS, Filter, next_value, strip_value, table_value
+from saehook.app.inspect_tab import COLOURS, Filter, listed, next_value, strip_value, table_value, telling_latent
 from saehook.app.lane import lane_value, report_notes
 from saehook.app.lanes import run_lanes
 from saehook.app.messages import told_to_the_visitor
@@ -64,6 +66,7 @@ from saehook.dashboards import latent_card
 from saehook.errors import ArgumentError, ContextLengthError, LatentError, SaehookError
 from saehook.hooked_model import lock_of
 from saehook.inspection import inspect_text
+from saehook.latent_notes import LatentNote, write_note
 from saehook.results import EditReport, Report
 from saehook.visible_text import one_line, visible, visible_token
 
@@ -360,28 +363,63 @@ def test_the_strip_is_coloured_by_numbers_of_tokens():
         json.dumps(strip_value(reading, None, None, measure, "x", True), allow_nan=False)
 
 
+def table(
+    reading: Reading, sae: Any, latent: int | None = None, span: Any = None, sort: str = "activation", **keep: Any
+):
+    return table_value(reading, sae, latent, span, listed(reading, sae, span, sort, Filter(**keep)))
+
+
 def test_the_table_says_how_much_it_shows():
     reading = reading_of()
     sae = tiny().saes[SITES[0]]
     hits, n_active = reading.facts.strongest(20)
-    value = table_value(reading, sae, hits[1].latent)
+    value = table(reading, sae, hits[1].latent)
     assert value["caption"] == f"Strongest latents of the text · showing 20 of {n_active} that fire"
     assert [r["key"] for r in value["rows"]] == [hit.latent for hit in hits]
     assert [r["selected"] for r in value["rows"]] == [i == 1 for i in range(20)]
     assert value["rows"][0]["cells"][2:4] == ["2", "12.50%"]
-    at = table_value(reading, sae, None, (3, 4))
+    at = table(reading, sae, span=(3, 4))
     assert at["caption"].startswith("Strongest latents of token 3, “l” · showing")
     assert [r["key"] for r in at["rows"]] == [hit.latent for hit in reading.facts.strongest(20, 3, 4)[0]]
-    effects = [
-        abs(reading.facts.effects[r["key"]]) for r in table_value(reading, sae, None, sort="effect on the loss")["rows"]
-    ]
+    rows = table(reading, sae, sort="effect on the loss, ≈")["rows"]
+    effects = [abs(reading.facts.effects[r["key"]]) for r in rows]
     assert effects == sorted(effects, reverse=True)
-    assert table_value(reading, sae, None, keep=Filter(dense=0.1))["rows"] == [], "all fire on 12.5 %"
-    least = hits[4].activation
-    kept = table_value(reading, sae, None, keep=Filter(least=least))
+    assert table(reading, sae, dense=0.1)["rows"] == [], "all fire on 12.5 %"
+    kept = table(reading, sae, least=hits[4].activation)
     assert [r["key"] for r in kept["rows"]] == [hit.latent for hit in hits[:5]]
     assert kept["caption"].endswith(f"showing 5 of 5 that the filters keep, {n_active} fire")
     json.dumps([value, at, next_value(reading, None)])
+
+
+def test_effects_to_first_order_and_measured_stand_apart():
+    blocks = build_app(tiny(), limits=LIMITS)
+    (measure,) = [fn for fn in blocks.fns.values() if fn.name == "on_measure"]
+    view = ["", (2, 4), SITES[0], "chosen latent", False, "activation", 100, 0, ""]
+    reading, _, shown, _ = measure.fn(reading_of(), *view)
+    assert shown["columns"][-2:] == ["loss without it, ≈", "measured"]
+    for row in shown["rows"]:
+        exact = tiny().loss(PROMPT, ablate(row["key"], site=SITES[0])) - tiny().loss(PROMPT)
+        assert float(row["cells"][-1]) == pytest.approx(exact, abs=6e-5)
+        assert float(row["cells"][-2]) == pytest.approx(reading.facts.effects[row["key"]], abs=6e-5)
+    assert set(reading.measured) == {row["key"] for row in shown["rows"]}
+    before = table(reading_of(), tiny().saes[SITES[0]])
+    assert {row["cells"][-1] for row in before["rows"]} == {"–"}
+    with pytest.raises(gr.Error, match="Press Read first"):
+        measure.fn(None, *view)
+
+
+def test_a_text_opens_with_a_latent_that_has_a_name(tmp_path):
+    reading, sae = reading_of(), tiny().saes[SITES[0]]
+    assert telling_latent(reading, sae) == str(reading.facts.strongest(1)[0][0].latent)
+    named = load_sae(save_sae(sae, tmp_path / "sae"))
+    few = [hit.latent for hit in reading.facts.strongest(10)[0][4:6]]
+    for number in few:
+        write_note(named, number, LatentNote(f"<b>label {number}"))
+    assert telling_latent(reading, named) == str(few[0]), "all have the same maximum on record"
+    value = table(reading, named)
+    assert value["columns"][3] == "label"
+    assert value["rows"][4]["cells"][2] == f"<b>label {few[0]}"
+    assert [row["key"] for row in table(reading, named, words=str(few[1]))["rows"]] == [few[1]]
 
 
 def test_next_tokens_before_and_after():

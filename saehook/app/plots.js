@@ -16,7 +16,7 @@ const picture = (panel, value) => {
   const x = value.x, all = [...panel.series.flatMap(one => one.y), panel.base ?? null].filter(v => v !== null);
   let low = Math.min(...all), high = Math.max(...all);
   if (panel.zero) { low = Math.min(0, low); high = Math.max(0, high); }
-  if (low === high) { low -= 1; high += 1; }
+  if (low === high) { low -= panel.zero ? 0 : 1; high += 1; }
   const log = v => panel.logarithmic ? Math.log2(v) : v, back = v => panel.logarithmic ? 2 ** v : v;
   const places = [...x, ...(panel.edges || []), ...(panel.mark ? [panel.mark] : [])];
   const left = log(Math.min(...places)), right = log(Math.max(...places)), span = right - left || 1;

@@ -30,7 +30,7 @@ CSS = """
 .gradio-container .html-container { padding: 0 !important; }
 .bottom > button { align-self: flex-end; }
 #settings .form, #lanes { flex-wrap: wrap; }
-#settings .form > * { min-width: 170px !important; }
+#settings .form > * { min-width: 140px !important; }
 #lanes > .block { min-width: min(260px, 100%) !important; }
 #lanes .block, #lanes .html-container, #lanes .html-container > div { display: flex; flex-direction: column; flex: 1 1 0; }
 #lanes .html-container, #lanes .html-container > div { min-height: 0; flex-basis: auto; }
