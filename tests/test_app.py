@@ -6,6 +6,7 @@ import ast
 import base64
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from app_fixtures import HOSTILE, SITES, SPECIAL, collect_loops, free_port, tiny
+from colours import SIGHT, difference
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from transformers import StoppingCriteriaList
@@ -46,9 +48,9 @@ from saehook import (
     swap,
     tokens,
 )
-from saehook.app import Limits, build_app, serve
+from saehook.app import Limits, build_app, plots, serve
 from saehook.app.cancellable import Cancelled, Done, Progress, in_background
-from saehook.app.generate_tab import CHOSEN, on_stop
+from saehook.app.generate_tab import CHOSEN, LOOKS, on_stop
 from saehook.app.inspect_tab import COLOURS, Filter, listed, next_value, strip_value, table_value, telling_latent
 from saehook.app.lane import lane_value, report_notes
 from saehook.app.lanes import run_lanes
@@ -61,6 +63,7 @@ from saehook.app.sampling import Sampling, sampling_of
 from saehook.app.shared import one_latent
 from saehook.app.snippet import edit_code, python_for, shell_for
 from saehook.app.sweep_tab import Counting, numbers, plots_of, table_of
+from saehook.app.token_strip import CSS as STRIP_CSS
 from saehook.attribution import Logit
 from saehook.dashboards import latent_card
 from saehook.errors import ArgumentError, ContextLengthError, LatentError, SaehookError
@@ -944,3 +947,16 @@ def test_every_control_has_an_id_and_a_label():
     ids = [block.elem_id for block in blocks.blocks.values() if getattr(block, "elem_id", None)]
     assert len(set(ids)) == len(ids)
     assert PROMPTS[0] in [block.value for block in blocks.blocks.values() if isinstance(block, gr.Textbox)]
+
+
+def test_colours_can_be_told_apart_by_everybody():
+    script = Path(plots.__file__).with_suffix(".js").read_text(encoding="utf-8")
+    drawn = re.findall("#[0-9A-Fa-f]{6}", script.partition("COLOURS = ")[2].partition(";")[0])
+    lanes = [colour for _, colour in LOOKS.values()]
+    assert len(drawn) == len(lanes) == 4
+    for colours in (drawn, lanes, ["#1A85FF", "#D41159"]):
+        for one, other in itertools.combinations(colours, 2):
+            for sight in SIGHT:
+                assert difference(one, other, sight) > 18, (one, other, sight)
+    for colour in ("26 133 255", "212 17 89"):
+        assert colour in STRIP_CSS, "the strip has the two of the pair"

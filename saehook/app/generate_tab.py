@@ -18,7 +18,7 @@ from saehook.app.shared import ON_MODEL, QUIET, Shared
 from saehook.errors import ArgumentError
 
 LOOKS = {
-    "Base": ("The model as it is.", "#7a7a85"),
+    "Base": ("The model as it is.", "#8f8f99"),
     "Spliced": ("With the SAE's reconstruction put in, without edits.", "#1A85FF"),
     "Edited": ("The model under your edits.", "#D41159"),
     "Control": ("A random latent, as large as your edits, or a system prompt.", "#8a7a00"),

@@ -1,6 +1,6 @@
 // Small pictures of numbers over one common x, each point of which can be clicked or reached with Tab; text enters as text only.
 const W = 330, H = 190, LEFT = 46, RIGHT = 320, TOP = 10, BOTTOM = 156;
-const COLOURS = ['#1A85FF', '#D41159', '#8a7a00', '#6b4fc0'];
+const COLOURS = ['#1A85FF', '#D41159', '#8a7a00', '#a83090'];
 const svg = (tag, fields, ...children) => {
   const node = document.createElementNS('http://www.w3.org/2000/svg', tag);
   for (const [key, value] of Object.entries(fields || {})) node.setAttribute(key, value);

@@ -19,7 +19,7 @@ from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 
 CSS = """
-.gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1400px !important; margin: 0 auto !important; }
 /* Gradio makes room beside its sidebar by a measurement that a slow first load can lose. Up to 768px the sidebar takes the whole
    width; no @media for that: in it Gradio lets rules reach only what is below .contain. */
 .sidebar-parent:has(.sidebar.open) {
@@ -28,6 +28,8 @@ CSS = """
 #introduction h1 { margin-bottom: 4px; }
 .step h2 { margin: 8px 0 0; }
 .gradio-container .html-container { padding: 0 !important; }
+#snippet .cm-content *, #shell .cm-content * { color: var(--body-text-color) !important; }
+.tab-container button.selected { color: var(--link-text-color) !important; }
 .bottom > button { align-self: flex-end; }
 #settings .form, #lanes { flex-wrap: wrap; }
 #settings .form > * { min-width: 140px !important; }
@@ -115,5 +117,9 @@ def theme() -> Base:
         block_label_text_color="*neutral_700",
         block_label_text_color_dark="*neutral_200",
         block_title_text_color="*neutral_700",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_cancel_background_fill="#c42020",
+        button_cancel_background_fill_hover="#a01515",
         block_title_text_color_dark="*neutral_200",
     )
