@@ -21,9 +21,10 @@ from torch import Tensor
 
 from saehook.attribution import MAX_NUMBERS, Loss
 from saehook.editing import ReadAction
+from saehook.edits import ablate
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
-from saehook.interventions import AnyEdit, Program, ablate
+from saehook.interventions import AnyEdit, Program
 from saehook.metrics import token_kl
 from saehook.results import LatentHit, Latents, Report
 from saehook.sparse_acts import encode_for

@@ -51,9 +51,10 @@ from saehook import (
 from saehook.app import Limits, build_app, plots, serve
 from saehook.app.cancellable import Cancelled, Done, Progress, in_background
 from saehook.app.generate_tab import CHOSEN, LOOKS, on_stop
-from saehook.app.inspect_tab import COLOURS, Filter, listed, next_value, strip_value, table_value, telling_latent
+from saehook.app.inspect_tab import COLOURS, next_value, strip_value
 from saehook.app.lane import lane_value, report_notes
 from saehook.app.lanes import run_lanes
+from saehook.app.latent_table import Filter, listed, table_value, telling_latent
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.page import PROMPTS
 from saehook.app.page_state import PageState, control_values
