@@ -35,7 +35,6 @@ def main() -> None:
         page.locator("#read").wait_for()
         if not options.before:
             page.locator("#to-edit").click()
-            page.locator("#edit-1-strength").fill("0.3")
             page.get_by_role("tab", name="Generate", exact=True).click()
             page.locator("#generate").click()
             page.locator("#lane-edited .lane[data-state=done]").wait_for(timeout=120_000)

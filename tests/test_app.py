@@ -182,7 +182,7 @@ def test_a_program_is_kept_by_the_editor_whatever_it_holds():
 def test_a_chosen_latent_becomes_a_row():
     value = editor_value(tiny(), LIMITS)
     for kind, op in (
-        ("add 0.4 × ‖x‖", "add"),
+        ("add 0.3 × ‖x‖", "add"),
         ("set to its max", "set"),
         ("ablate", "ablate"),
         ("keep only it", "keep_only"),

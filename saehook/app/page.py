@@ -91,7 +91,7 @@ def build_app(
                     read_button = gr.Button("Read", variant="primary", elem_id="read", scale=1, min_width=90)
                 with gr.Row(elem_classes="bottom"):
                     latent = gr.Textbox(
-                        "", label="Chosen latent", max_lines=1, max_length=12, elem_id="latent", scale=2, min_width=80
+                        "", label="Chosen latent", max_lines=1, max_length=12, elem_id="latent", scale=2, min_width=110
                     )
                     kind = make_kind()
                     to_edit = gr.Button(

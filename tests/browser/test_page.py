@@ -636,7 +636,7 @@ def test_an_sae_of_ones_own(visit, app_with_uploads, tmp_path):
     set_new_tokens(page, 8)
     generate(page)
     settings: Any = SAMPLED | {"max_new_tokens": 8}
-    edits = [steer(strongest, 0.4, unit="norm", site=name)]
+    edits = [steer(strongest, 0.3, unit="norm", site=name)]
     expected = both.generate(PROMPT, edits=edits, **settings).new_ids.tolist()
     assert lane_text(page, "edited") == visible(tiny().tokenizer.decode(expected))
     spliced = both.generate(PROMPT, splice=True, **settings).new_ids.tolist()
