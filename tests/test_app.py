@@ -11,10 +11,12 @@ import json
 import os
 import re
 import shlex
+import socket
 import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -663,11 +665,19 @@ def _collected() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    app = serve(tiny(), port=free_port(), limits=LIMITS, block=False, quiet=True)
-    assert app.local_url
-    yield app.local_url
+def served() -> Iterator[gr.Blocks]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_SHARE", "True")  # which would otherwise open a tunnel
+        patch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")  # and listen to the whole network
+        app = serve(tiny(), port=free_port(), limits=LIMITS, block=False, quiet=True)
+    yield app
     app.close()
+
+
+@pytest.fixture(scope="module")
+def url(served) -> str:
+    assert served.local_url
+    return served.local_url
 
 
 @pytest.fixture(scope="module")
@@ -797,6 +807,16 @@ def get(url: str, **headers: str) -> int:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def test_only_this_machine_is_listened_to(served, url):
+    assert served.share is False
+    assert served.share_url is None
+    port = urllib.parse.urlsplit(url).port
+    with socket.create_connection(("127.0.0.1", port), timeout=5):
+        pass
+    with pytest.raises(OSError):  # noqa: PT011  # refused, or no such address
+        socket.create_connection(("127.0.0.2", port), timeout=5)
 
 
 def test_a_foreign_host_is_refused(url):

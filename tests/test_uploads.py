@@ -174,6 +174,14 @@ def test_a_damaged_or_foreign_sae_is_refused(tmp_path, as_visitor):
         with pytest.raises((SiteError, ValueError), match=says):
             uploads.attach(files_of(tmp_path / name, sae))
     assert uploads.hooked is tiny()
+    (tmp_path / "f").mkdir()
+    hooked, _ = uploads.attach(files_of(tmp_path / "f", own_sae()))
+    (tmp_path / "g").mkdir()
+    with pytest.raises(ValueError):
+        uploads.attach(files_of(tmp_path / "g", own_sae(width=16)))
+    assert uploads.hooked is hooked, "the one before stays"
+    assert hooked.loss("hello", splice=True) > 0
+    uploads.detach()
 
 
 # --- the server ----------------------------------------------------------------------------------------------------------

@@ -79,11 +79,14 @@ class Uploads:
             if one.reads != name:
                 places.setdefault((one.reads, one.writes) if one.sae.is_transcoder else one.reads, []).append(one.sae)
         places[(name, sae.site_out) if sae.is_transcoder and sae.site_out else name] = [sae]
-        with self._lock:
-            gone = self._make_room(visitor)
         hooked = self.served.model.attach(places)
-        with self._lock:
-            self._own[visitor], self._used[visitor] = hooked, time.monotonic()
+        try:
+            with self._lock:
+                gone = self._make_room(visitor)
+                self._own[visitor], self._used[visitor] = hooked, time.monotonic()
+        except ArgumentError:
+            hooked.detach()
+            raise
         for one in gone:  # not under the lock: it waits for a run that is on its way
             one.detach()
         return hooked, name
