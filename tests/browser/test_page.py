@@ -486,7 +486,7 @@ def test_controls_can_be_found_by_their_labels(visit):
         "Prompt",
         "Site",
         "Chosen latent",
-        "Colour by",
+        "Colour the tokens by",
         "Operation of edit 1",
         "Latent of edit 2",
         "Site of edit 2",
