@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saehook.attribution import MAX_NUMBERS, Loss
+from saehook.attribution import Loss
 from saehook.editing import ReadAction
 from saehook.edits import ablate
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 from saehook.interventions import AnyEdit, Program
+from saehook.latent_effects import MAX_NUMBERS
 from saehook.metrics import token_kl
 from saehook.results import LatentHit, Latents, Report
 from saehook.sparse_acts import encode_for
