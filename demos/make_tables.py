@@ -128,6 +128,28 @@ def startup() -> str:
     )
 
 
+def page() -> str:
+    """The newest recorded run of tests/bench/bench_page.py."""
+    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("page_*.json"))[-1]
+    data = json.loads(file.read_text())
+    machine, measured = data["machine"], data["measured"]
+    lines = ["| the page | median | worst | promised |", "|---|---|---|---|"]
+    for name, limit in data["at most"].items():
+        what, value = name.removesuffix(", s"), measured[name]
+        if isinstance(value, dict):
+            lines.append(f"| {what} | {value['median']:.2f} s | {max(value['each']):.2f} s | {limit:g} s |")
+        else:
+            lines.append(f"| {what} |  | {value:+.1%} | {limit:+.0%} |")
+    alone, together = (measured[name] for name in ("one caller alone, s", "three at once, of whom one leaves, s"))
+    lines.append(
+        f"\n{data['visitors']} visitors one after another in Chromium {machine['chromium'].split('.')[0]} on the server's "
+        f"{machine['cores']} cores, bundled model, Playwright's own time included. 60 tokens take one caller {alone:.2f} s; when "
+        f"three ask at once and the first one leaves, the others are done after {together:.2f} s. gradio {machine['gradio']}, "
+        f"torch {machine['torch']}; `python tests/bench/bench_page.py`."
+    )
+    return "\n".join(lines)
+
+
 def methods() -> str:
     """The newest recorded run of demos/compare_methods.py: mean over the seeds, and from which to which."""
     file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("methods_*.json"))[-1]
@@ -232,6 +254,7 @@ TABLES = {
     "bench_train_step": training,
     "bench_peers": peers,
     "bench_startup": startup,
+    "bench_page": page,
     "bench_distributed": distributed,
 }
 

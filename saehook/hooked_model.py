@@ -22,16 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ANYIO = ("anyio._backends._asyncio", "anyio.streams.file", "anyio.streams.tls")
+"""Modules whose classes check the annotations of all that they inherit."""
 
-def _load_anyio_backend() -> None:
-    """Load anyio's backend without nnsight's `.save` on `object`, which its annotations check refuses.
 
-    anyio (Gradio's event loop) loads this module lazily; after `import nnsight` that raises TypeError.
+def _load_anyio() -> None:
+    """Load parts of anyio without nnsight's `.save` on `object`, which that check refuses.
+
+    anyio (Gradio's event loop), httpx and mcp load them lazily; after `import nnsight` that raises TypeError.
     """
-    if importlib.util.find_spec("anyio") is None or "anyio._backends._asyncio" in sys.modules:
+    missing = [name for name in ANYIO if name not in sys.modules]
+    if importlib.util.find_spec("anyio") is None or not missing:
         return
     if "nnsight" not in sys.modules:
-        importlib.import_module("anyio._backends._asyncio")
+        for name in missing:
+            importlib.import_module(name)
         return
     import nnsight
     from nnsight._c import mount, unmount
@@ -40,13 +45,14 @@ def _load_anyio_backend() -> None:
     if mounted:
         unmount("save")
     try:
-        importlib.import_module("anyio._backends._asyncio")
+        for name in missing:
+            importlib.import_module(name)
     finally:
         if mounted:
             mount(nnsight.save, "save")
 
 
-_load_anyio_backend()
+_load_anyio()
 
 from nnsight import NNsight, TransformersModel  # noqa: E402
 from nnsight.intervention.batching import Batcher  # noqa: E402

@@ -6,11 +6,13 @@ Of token i, counted from 0, and with p the clean model, q the other one:
     loss     -log p(token i | those before), nats; NaN for the first
     kl       KL(p ‖ q) of the token after it, nats
     error    ‖x - x_hat‖² / ‖x‖² at the site; NaN outside the SAE's mask, and for a transcoder
-    effect   of a latent: the mean loss without it (`ablate`, on all tokens) minus the mean loss, to first order
+    effect   of a latent: the mean loss without it (`ablate`, on all tokens) minus the mean loss, to first order in `Inspection`,
+             measured by `ablation_effects`
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,13 +21,16 @@ from torch import Tensor
 
 from saehook.attribution import Loss
 from saehook.editing import ReadAction
+from saehook.edits import ablate
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 from saehook.interventions import AnyEdit, Program
+from saehook.latent_effects import MAX_NUMBERS
 from saehook.metrics import token_kl
 from saehook.results import LatentHit, Latents, Report
 from saehook.sparse_acts import encode_for
 from saehook.tokenization import Batch
+from saehook.where import Where
 
 
 class NextToken(NamedTuple):
@@ -69,7 +74,7 @@ class Inspection:
     next_tokens: list[list[NextToken]]
     """After each token: those that the clean model or the edited one finds likeliest, likeliest in either first."""
     effects: dict[int, float]
-    """Of each latent that fires, nats a token."""
+    """Of each latent that fires, nats a token, to first order."""
     report: Report
     """What the program did."""
 
@@ -199,3 +204,33 @@ def _effects(hooked: HookedSAEs, ids: Tensor, name: str) -> dict[int, float]:
     found = hooked.attribute(ids, Loss(), by_token=False)
     mine = found.site == found.sites.index(name)
     return dict(zip(found.latent[mine].tolist(), (-found.effect[mine]).tolist(), strict=True))
+
+
+@torch.no_grad()
+def ablation_effects(hooked: HookedSAEs, x: Any, site: str | None, latents: Sequence[int]) -> dict[int, float]:
+    """What the mean loss of a text gains, in nats a token, by ablating each of these latents: one row of a batch for each.
+
+    Args:
+        x: a text or ids, one row.
+        site: which SAE's latents; None where only one is attached.
+
+    Raises:
+        ArgumentError: several rows. LatentError: the SAE does not have one.
+    """
+    name = hooked.resolve_site(site)
+    ids = hooked._batch(x).ids
+    if len(ids) != 1:
+        raise ArgumentError("ablation_effects takes one row: a text, or one list of ids. Call it once for each.")
+    effects: dict[int, float] = {}
+    if len(ids[0]) < 2:
+        return effects
+    vocabulary = hooked.lm.get_input_embeddings().num_embeddings
+    at_once = max(1, MAX_NUMBERS // (len(ids[0]) * vocabulary) - 1)
+    for first in range(0, len(latents), at_once):
+        some = latents[first : first + at_once]
+        # The first row stays clean: what a batch of another shape rounds otherwise is no effect.
+        edits = [ablate(latent, site=name, where=Where(rows=(row,))) for row, latent in enumerate(some, 1)]
+        logits = hooked([ids[0].tolist()] * (1 + len(some)), edits).logits.float()
+        clean, *without = (float(token_losses(row, ids[0])[1:].double().mean()) for row in logits)
+        effects |= {latent: loss - clean for latent, loss in zip(some, without, strict=True)}
+    return effects

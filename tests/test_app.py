@@ -6,14 +6,17 @@ import ast
 import base64
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
 import shlex
+import socket
 import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from app_fixtures import HOSTILE, SITES, SPECIAL, collect_loops, free_port, tiny
+from colours import SIGHT, difference
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from transformers import StoppingCriteriaList
@@ -37,19 +41,22 @@ from saehook import (
     cli,
     generation,
     latent,
+    load_sae,
     matching,
     prompt,
+    save_sae,
     scale,
     steer,
     swap,
     tokens,
 )
-from saehook.app import Limits, build_app, serve
+from saehook.app import Limits, build_app, plots, serve
 from saehook.app.cancellable import Cancelled, Done, Progress, in_background
-from saehook.app.generate_tab import CHOSEN, on_stop
-from saehook.app.inspect_tab import COLOURS, Filter, next_value, strip_value, table_value
+from saehook.app.generate_tab import CHOSEN, LOOKS, on_stop
+from saehook.app.inspect_tab import COLOURS, next_value, strip_value
 from saehook.app.lane import lane_value, report_notes
 from saehook.app.lanes import run_lanes
+from saehook.app.latent_table import Filter, listed, table_value, telling_latent
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.page import PROMPTS
 from saehook.app.page_state import PageState, control_values
@@ -59,11 +66,13 @@ from saehook.app.sampling import Sampling, sampling_of
 from saehook.app.shared import one_latent
 from saehook.app.snippet import edit_code, python_for, shell_for
 from saehook.app.sweep_tab import Counting, numbers, plots_of, table_of
+from saehook.app.token_strip import CSS as STRIP_CSS
 from saehook.attribution import Logit
 from saehook.dashboards import latent_card
 from saehook.errors import ArgumentError, ContextLengthError, LatentError, SaehookError
 from saehook.hooked_model import lock_of
 from saehook.inspection import inspect_text
+from saehook.latent_notes import LatentNote, write_note
 from saehook.results import EditReport, Report
 from saehook.visible_text import one_line, visible, visible_token
 
@@ -175,7 +184,7 @@ def test_a_program_is_kept_by_the_editor_whatever_it_holds():
 def test_a_chosen_latent_becomes_a_row():
     value = editor_value(tiny(), LIMITS)
     for kind, op in (
-        ("add 0.4 × ‖x‖", "add"),
+        ("add 0.3 × ‖x‖", "add"),
         ("set to its max", "set"),
         ("ablate", "ablate"),
         ("keep only it", "keep_only"),
@@ -360,28 +369,63 @@ def test_the_strip_is_coloured_by_numbers_of_tokens():
         json.dumps(strip_value(reading, None, None, measure, "x", True), allow_nan=False)
 
 
+def table(
+    reading: Reading, sae: Any, latent: int | None = None, span: Any = None, sort: str = "activation", **keep: Any
+):
+    return table_value(reading, sae, latent, span, listed(reading, sae, span, sort, Filter(**keep)))
+
+
 def test_the_table_says_how_much_it_shows():
     reading = reading_of()
     sae = tiny().saes[SITES[0]]
     hits, n_active = reading.facts.strongest(20)
-    value = table_value(reading, sae, hits[1].latent)
+    value = table(reading, sae, hits[1].latent)
     assert value["caption"] == f"Strongest latents of the text · showing 20 of {n_active} that fire"
     assert [r["key"] for r in value["rows"]] == [hit.latent for hit in hits]
     assert [r["selected"] for r in value["rows"]] == [i == 1 for i in range(20)]
     assert value["rows"][0]["cells"][2:4] == ["2", "12.50%"]
-    at = table_value(reading, sae, None, (3, 4))
+    at = table(reading, sae, span=(3, 4))
     assert at["caption"].startswith("Strongest latents of token 3, “l” · showing")
     assert [r["key"] for r in at["rows"]] == [hit.latent for hit in reading.facts.strongest(20, 3, 4)[0]]
-    effects = [
-        abs(reading.facts.effects[r["key"]]) for r in table_value(reading, sae, None, sort="effect on the loss")["rows"]
-    ]
+    rows = table(reading, sae, sort="effect on the loss, ≈")["rows"]
+    effects = [abs(reading.facts.effects[r["key"]]) for r in rows]
     assert effects == sorted(effects, reverse=True)
-    assert table_value(reading, sae, None, keep=Filter(dense=0.1))["rows"] == [], "all fire on 12.5 %"
-    least = hits[4].activation
-    kept = table_value(reading, sae, None, keep=Filter(least=least))
+    assert table(reading, sae, dense=0.1)["rows"] == [], "all fire on 12.5 %"
+    kept = table(reading, sae, least=hits[4].activation)
     assert [r["key"] for r in kept["rows"]] == [hit.latent for hit in hits[:5]]
     assert kept["caption"].endswith(f"showing 5 of 5 that the filters keep, {n_active} fire")
     json.dumps([value, at, next_value(reading, None)])
+
+
+def test_effects_to_first_order_and_measured_stand_apart():
+    blocks = build_app(tiny(), limits=LIMITS)
+    (measure,) = [fn for fn in blocks.fns.values() if fn.name == "on_measure"]
+    view = ["", (2, 4), SITES[0], "chosen latent", False, "activation", 100, 0, ""]
+    reading, _, shown, _ = measure.fn(reading_of(), *view)
+    assert shown["columns"][-2:] == ["loss without it, ≈", "measured"]
+    for row in shown["rows"]:
+        exact = tiny().loss(PROMPT, ablate(row["key"], site=SITES[0])) - tiny().loss(PROMPT)
+        assert float(row["cells"][-1]) == pytest.approx(exact, abs=6e-5)
+        assert float(row["cells"][-2]) == pytest.approx(reading.facts.effects[row["key"]], abs=6e-5)
+    assert set(reading.measured) == {row["key"] for row in shown["rows"]}
+    before = table(reading_of(), tiny().saes[SITES[0]])
+    assert {row["cells"][-1] for row in before["rows"]} == {"–"}
+    with pytest.raises(gr.Error, match="Press Read first"):
+        measure.fn(None, *view)
+
+
+def test_a_text_opens_with_a_latent_that_has_a_name(tmp_path):
+    reading, sae = reading_of(), tiny().saes[SITES[0]]
+    assert telling_latent(reading, sae) == str(reading.facts.strongest(1)[0][0].latent)
+    named = load_sae(save_sae(sae, tmp_path / "sae"))
+    few = [hit.latent for hit in reading.facts.strongest(10)[0][4:6]]
+    for number in few:
+        write_note(named, number, LatentNote(f"<b>label {number}"))
+    assert telling_latent(reading, named) == str(few[0]), "all have the same maximum on record"
+    value = table(reading, named)
+    assert value["columns"][3] == "label"
+    assert value["rows"][4]["cells"][2] == f"<b>label {few[0]}"
+    assert [row["key"] for row in table(reading, named, words=str(few[1]))["rows"]] == [few[1]]
 
 
 def test_next_tokens_before_and_after():
@@ -621,11 +665,19 @@ def _collected() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    app = serve(tiny(), port=free_port(), limits=LIMITS, block=False, quiet=True)
-    assert app.local_url
-    yield app.local_url
+def served() -> Iterator[gr.Blocks]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_SHARE", "True")  # which would otherwise open a tunnel
+        patch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")  # and listen to the whole network
+        app = serve(tiny(), port=free_port(), limits=LIMITS, block=False, quiet=True)
+    yield app
     app.close()
+
+
+@pytest.fixture(scope="module")
+def url(served) -> str:
+    assert served.local_url
+    return served.local_url
 
 
 @pytest.fixture(scope="module")
@@ -757,6 +809,16 @@ def get(url: str, **headers: str) -> int:
         return error.code
 
 
+def test_only_this_machine_is_listened_to(served, url):
+    assert served.share is False
+    assert served.share_url is None
+    port = urllib.parse.urlsplit(url).port
+    with socket.create_connection(("127.0.0.1", port), timeout=5):
+        pass
+    with pytest.raises(OSError):  # noqa: PT011  # refused, or no such address
+        socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
 def test_a_foreign_host_is_refused(url):
     assert get(url) == 200
     assert get(url, Host="evil.example") == 400
@@ -883,7 +945,7 @@ def test_names_of_files_are_quoted_where_they_are_shown():
 
 def test_mcp_needs_its_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "mcp", None)
-    with pytest.raises(ArgumentError, match=r"pip install 'gradio\[mcp\]'"):
+    with pytest.raises(ArgumentError, match="needs the package mcp.*pip install 'mcp>=1.21,<2'"):
         serve(tiny(), port=free_port(), mcp=True, block=False, quiet=True)
 
 
@@ -906,3 +968,16 @@ def test_every_control_has_an_id_and_a_label():
     ids = [block.elem_id for block in blocks.blocks.values() if getattr(block, "elem_id", None)]
     assert len(set(ids)) == len(ids)
     assert PROMPTS[0] in [block.value for block in blocks.blocks.values() if isinstance(block, gr.Textbox)]
+
+
+def test_colours_can_be_told_apart_by_everybody():
+    script = Path(plots.__file__).with_suffix(".js").read_text(encoding="utf-8")
+    drawn = re.findall("#[0-9A-Fa-f]{6}", script.partition("COLOURS = ")[2].partition(";")[0])
+    lanes = [colour for _, colour in LOOKS.values()]
+    assert len(drawn) == len(lanes) == 4
+    for colours in (drawn, lanes, ["#1A85FF", "#D41159"]):
+        for one, other in itertools.combinations(colours, 2):
+            for sight in SIGHT:
+                assert difference(one, other, sight) > 18, (one, other, sight)
+    for colour in ("26 133 255", "212 17 89"):
+        assert colour in STRIP_CSS, "the strip has the two of the pair"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from saehook import corpus
 from saehook.config import BatchTopK, MaskRule, TopK
 from saehook.errors import ArgumentError
 from saehook.evaluation import evaluate
+from saehook.latent_notes import read_notes
 from saehook.tokenization import window_size, windows
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
@@ -93,3 +95,23 @@ def test_the_recorded_evaluation_comes_out_again(model):
         assert row.ce_recovered_zero == pytest.approx(recorded[row.site]["ce_recovered_zero"], abs=0.05)
         assert row.fvu == pytest.approx(recorded[row.site]["fvu"], abs=0.1)
         assert row.l0 == pytest.approx(recorded[row.site]["l0"], rel=0.3)
+
+
+LABELLED = """class Stack:
+    def __init__(self, path):
+        with open(path) as file:
+            self.items = load(file)
+            file.read()
+
+She looked out of the window, and down to the door. "Look at me," she said, standing beside the fire, and he sat.
+"""
+
+
+def test_labelled_latents_fire_most_on_what_their_labels_quote(model):
+    sae = saehook.load_sae(saehook.bundled("sae"))
+    latents = model.attach(sae).latents(LABELLED)
+    notes = read_notes(sae)
+    assert notes
+    for latent, note in notes.items():
+        most = max(range(len(latents.tokens)), key=lambda i: float(latents.acts[i, latent]))
+        assert latents.tokens[most].strip().casefold() in re.findall("“(.+?)”", note.label), latent

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def test_demo_serves_first_and_measures_then():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "saehook", "demo", "--port", str(port), "--tokens", "1k"]
+    command = [sys.executable, "-m", "saehook", "demo", "--port", str(port), "--tokens", "1k", "--allow-uploads"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     lines = []
@@ -198,6 +199,13 @@ def test_demo_serves_first_and_measures_then():
             if line.startswith("measured again"):
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as page:
                     assert page.status == 200
+                disposition = b'Content-Disposition: form-data; name="files"; filename="a.pt"'
+                request = urllib.request.Request(
+                    f"http://127.0.0.1:{port}/gradio_api/upload", b"--x\r\n" + disposition + b"\r\n\r\n0\r\n--x--\r\n",
+                    {"Content-Type": "multipart/form-data; boundary=x"},
+                )  # fmt: skip
+                with pytest.raises(urllib.error.HTTPError, match="415"):  # uploads are on, and take no such file
+                    urllib.request.urlopen(request, timeout=60)
             if "tokens; losses" in line and len([x for x in lines if "tokens; losses" in x]) == 2:
                 break
     finally:

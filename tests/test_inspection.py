@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from saehook import ablate, steer
 from saehook.errors import ArgumentError
-from saehook.inspection import inspect_text
+from saehook.inspection import ablation_effects, inspect_text
 
 TEXT = f"hello, {SPECIAL}world"
 
@@ -63,6 +63,18 @@ def test_an_effect_is_what_ablation_changes_to_first_order():
     exact = {latent: tiny().loss(TEXT, ablate(latent, site=SITES[0])) - clean for latent in facts.effects}
     largest = sorted(exact, key=lambda latent: -abs(exact[latent]))[:5]
     assert [math.copysign(1, facts.effects[i]) for i in largest] == [math.copysign(1, exact[i]) for i in largest]
+
+
+def test_a_measured_effect_is_what_ablation_changes(monkeypatch):
+    latents = sorted(inspect_text(tiny(), TEXT, SITES[0]).effects)[:7]
+    clean = tiny().loss(TEXT)
+    expected = {latent: tiny().loss(TEXT, ablate(latent, site=SITES[0])) - clean for latent in latents}
+    assert ablation_effects(tiny(), TEXT, SITES[0], latents) == pytest.approx(expected, abs=1e-6)
+    monkeypatch.setattr("saehook.inspection.MAX_NUMBERS", 3 * 257 * len(TEXT))  # a batch of two, beside the clean row
+    assert ablation_effects(tiny(), TEXT, SITES[0], latents) == pytest.approx(expected, abs=1e-6)
+    assert ablation_effects(tiny(), "a", SITES[0], latents) == {}
+    with pytest.raises(ArgumentError, match="takes one row"):
+        ablation_effects(tiny(), ["a", "b"], SITES[0], latents)
 
 
 def test_the_error_is_a_share_of_the_activation():

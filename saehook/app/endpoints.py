@@ -17,6 +17,7 @@ from saehook.app.program_rows import MAX_CHARS, check_program
 from saehook.app.reading import SHOWN, prompt_of, read
 from saehook.app.sampling import sampling_of
 from saehook.app.sweep_tab import numbers
+from saehook.app.uploads import Uploads
 from saehook.dashboards import latent_card
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
@@ -25,9 +26,9 @@ from saehook.latent_search import latents_for_token, latents_here_not_there
 from saehook.results import LatentHit
 
 
-def endpoints(hooked: HookedSAEs, limits: Limits) -> dict[str, Callable[..., Any]]:
+def endpoints(uploads: Uploads, limits: Limits) -> dict[str, Callable[..., Any]]:
     """All of them, by name."""
-    every = _Endpoints(hooked, limits)
+    every = _Endpoints(uploads, limits)
     names = (
         "read",
         "inspect",
@@ -63,8 +64,13 @@ def _told(method: Callable[..., Any]) -> Callable[..., Any]:
 class _Endpoints:
     """The docstrings are what a caller reads: Gradio publishes them."""
 
-    def __init__(self, hooked: HookedSAEs, limits: Limits) -> None:
-        self.hooked, self.limits = hooked, limits
+    def __init__(self, uploads: Uploads, limits: Limits) -> None:
+        self.uploads, self.limits = uploads, limits
+
+    @property
+    def hooked(self) -> HookedSAEs:
+        """The model with the SAEs that the caller has."""
+        return self.uploads.hooked
 
     def read(self, prompt: str, site: str = "") -> dict:
         """Strongest latents of a text and of each of its tokens at one site.

@@ -18,7 +18,7 @@ from saehook.app.shared import ON_MODEL, QUIET, Shared
 from saehook.errors import ArgumentError
 
 LOOKS = {
-    "Base": ("The model as it is.", "#7a7a85"),
+    "Base": ("The model as it is.", "#8f8f99"),
     "Spliced": ("With the SAE's reconstruction put in, without edits.", "#1A85FF"),
     "Edited": ("The model under your edits.", "#D41159"),
     "Control": ("A random latent, as large as your edits, or a system prompt.", "#8a7a00"),
@@ -35,16 +35,14 @@ class GenerateTab:
         """Its controls, inside the tab that is open."""
         self.shared = shared
         limits = shared.limits
-        with gr.Row(equal_height=True, elem_id="settings"):
+        with gr.Row(elem_id="settings"):
             sample = gr.Checkbox(
                 True, label="Sampling", info="off: always the likeliest token", elem_id="sample", min_width=130
             )
             temperature = gr.Slider(
                 0.05, MAX_TEMPERATURE, 0.8, step=0.05, label="Temperature", elem_id="temperature", min_width=140
             )
-            top_p = gr.Slider(
-                0.05, 1.0, 1.0, step=0.05, label="Top-p", info="1: all tokens", elem_id="top-p", min_width=140
-            )
+            top_p = gr.Slider(0.05, 1.0, 1.0, step=0.05, label="Top-p", elem_id="top-p", min_width=140)
             new_tokens = gr.Slider(
                 1, limits.new_tokens, min(60, limits.new_tokens), step=1, label="New tokens", elem_id="new-tokens",
                 min_width=140,
@@ -52,12 +50,13 @@ class GenerateTab:
             seed = gr.Number(
                 0, label="Seed", info="the same in all lanes", precision=0, minimum=0, elem_id="seed", min_width=110
             )
-            with gr.Column(min_width=140):
-                run = gr.Button("Generate", variant="primary", elem_id="generate")
-                stop = gr.Button("Stop", variant="stop", elem_id="stop")
-        chosen = gr.CheckboxGroup(
-            [*LANES], value=CHOSEN, label="Lanes", info="one after another, with the same noise", elem_id="chosen-lanes"
-        )
+        with gr.Row(elem_classes="bottom"):
+            chosen = gr.CheckboxGroup(
+                [*LANES], value=CHOSEN, label="Lanes", info="one after another, with the same noise",
+                elem_id="chosen-lanes", scale=4, min_width=300,
+            )  # fmt: skip
+            run = gr.Button("Generate", variant="primary", elem_id="generate", scale=1, min_width=130)
+            stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1, min_width=90)
         with gr.Row(visible=shared.has_template):
             control = gr.Dropdown(
                 list(CONTROLS), value=CONTROLS[0], label="Control lane", info="what the edits are compared with", scale=1,

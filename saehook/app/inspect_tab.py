@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
+from saehook.app.latent_table import SORTS, Span, filter_of, labels_of, listed, table_value, telling_latent
 from saehook.app.messages import told_to_the_visitor
 from saehook.app.program_rows import program_of
-from saehook.app.reading import SHOWN, Reading, prompt_of, read
+from saehook.app.reading import Reading, prompt_of, read
 from saehook.app.shared import ON_MODEL, QUIET, Shared, on_table_select, one_latent, whole
 from saehook.app.table import empty_table, make_table
 from saehook.app.token_strip import NO_TOKENS, make_strip
-from saehook.errors import SaehookError
-from saehook.inspection import Inspection
-from saehook.latent_notes import LatentNote, read_notes
-from saehook.sae import SAE
+from saehook.errors import ArgumentError, SaehookError
+from saehook.inspection import Inspection, ablation_effects
 from saehook.visible_text import one_line, visible
 
 HELP = """
-The tokens are coloured by the chosen latent: the bluer, the stronger it fires. Click a token (or go to it with the arrow keys and
-press Enter) for the latents of that token, with Shift for all up to it, and again for the whole text; choose a row of the table to
-colour the tokens by its latent. “Loss without it” is how much the text's mean loss would grow if the latent were ablated, to first
-order.
+The bluer a token, the stronger the chosen latent fires on it. **Click a token**, or go to it with the arrow keys and press Enter,
+for its latents; with Shift for all up to it, again for the whole text. **Click a row** to choose its latent.
+"""
+EFFECTS = """
+“Loss without it” is what the text's mean loss, in nats a token, gains if the latent is ablated: **≈** to first order, for all
+latents at once; **measured** by ablating each one that is shown in a run of its own.
 """
 COLOURS = {
     "chosen latent": "",
@@ -36,32 +37,7 @@ COLOURS = {
     "KL to spliced, after the token, nats": "kl_spliced",
     "KL to edited, after the token, nats": "kl_edited",
 }
-SORTS = {
-    "activation": lambda row: -row[0].activation,
-    "effect on the loss": lambda row: -abs(row[1]) if math.isfinite(row[1]) else math.inf,
-    "rarest first": lambda row: row[2],
-}
 UNREAD = "Read the prompt to see its latents."
-Span = tuple[int, int] | None
-"""Chosen tokens, from the first to before the second."""
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Which latents the table leaves out."""
-
-    dense: float = 1.0
-    """Those that fire on a larger share of tokens."""
-    least: float = 0.0
-    """Those that are never as strong in the text."""
-    words: str = ""
-    """Those whose label lacks one of the words."""
-
-    def passes(self, activation: float, density: float, label: str) -> bool:
-        """Whether a latent stays."""
-        wanted = self.words.casefold().split()
-        fits = all(word in label.casefold() for word in wanted)
-        return density <= self.dense and activation >= self.least and fits
 
 
 class InspectTab:
@@ -70,11 +46,27 @@ class InspectTab:
     def __init__(self, shared: Shared) -> None:
         """Its controls, inside the tab that is open."""
         self.shared = shared
-        with gr.Row(elem_classes="bottom"):
-            colour = gr.Dropdown(list(COLOURS), value="chosen latent", label="Colour by", elem_id="colour", scale=3)
-            numbers = gr.Checkbox(False, label="Numbers", elem_id="numbers", scale=1, min_width=90)
         self.strip = make_strip(NO_TOKENS, label="Tokens of the prompt", elem_id="strip")
         gr.Markdown(HELP, elem_id="help")
+        with gr.Row():
+            with gr.Column(scale=5, min_width=420):
+                self.table = make_table(empty_table(UNREAD), label="Strongest latents", elem_id="table")
+            with gr.Column(scale=2, min_width=240):
+                self.next = make_table(empty_table(UNREAD), label="Next tokens", elem_id="next")
+        with gr.Row(elem_classes="bottom"):
+            colour = gr.Dropdown(
+                list(COLOURS),
+                value="chosen latent",
+                label="Colour the tokens by",
+                elem_id="colour",
+                scale=3,
+                min_width=200,
+            )
+            numbers = gr.Checkbox(
+                False, label="Numbers", info="under the tokens", elem_id="numbers", scale=1, min_width=130
+            )
+            measure = gr.Button("Measure by ablation", elem_id="measure", scale=1, min_width=170)
+        gr.Markdown(EFFECTS, elem_id="effects-help")
         with gr.Row(elem_classes="bottom"):
             sort = gr.Dropdown(list(SORTS), value="activation", label="Latents by", elem_id="sort", min_width=130)
             dense = gr.Slider(0, 100, 100, step=0.5, label="Fires on at most, %", elem_id="dense", min_width=160)
@@ -82,8 +74,6 @@ class InspectTab:
             words = gr.Textbox(
                 "", label="With a label like", max_lines=1, max_length=60, elem_id="label-words", min_width=130
             )
-        self.table = make_table(empty_table(UNREAD), label="Strongest latents", elem_id="table")
-        self.next = make_table(empty_table(UNREAD), label="Next tokens", elem_id="next")
         controls = [colour, numbers, sort, dense, least, words]
         shared.controls += controls
         self.view = [shared.latent, shared.span, shared.site, *controls]
@@ -93,6 +83,10 @@ class InspectTab:
         gr.on([*changes, dense.release], self.show, state, self.shown, **QUIET)
         self.table.select(on_table_select, None, shared.latent, **QUIET)
         self.strip.select(self.on_strip_select, state, [shared.span, *self.shown], **QUIET)
+        measure.click(
+            self.on_measure, state, [shared.reading, *self.shown], api_visibility="private", show_progress="minimal",
+            show_progress_on=self.table, **ON_MODEL,
+        )  # fmt: skip
 
     def reads_on(self, triggers: list[Any]) -> None:
         """Read the prompt when one of these happens."""
@@ -123,8 +117,7 @@ class InspectTab:
             if before is None and chosen:
                 latent, span = chosen, _within(span, len(text.ids))
             else:
-                top, _ = reading.facts.strongest(1)
-                latent, span = str(top[0].latent) if top else "", None
+                latent, span = telling_latent(reading, shared.hooked.saes[reading.site]), None
             return reading, span, latent, *self.show(reading, latent, span, site, *view)
 
     def show(
@@ -132,7 +125,8 @@ class InspectTab:
         sort: str = "activation", dense: float | None = 100, least: float | None = 0, words: str = "",
     ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Values of the strip and the tables."""
-        if reading is None:  # not read yet, or forgotten: the page was open for long
+        hooked = self.shared.hooked
+        if reading is None or reading.site not in hooked.saes:  # not read yet, or forgotten: the page was open for long
             return NO_TOKENS, empty_table(UNREAD), empty_table("")
         if site and site != reading.site:
             caption = f"The text was read at {reading.site}. Press Read for {site}."
@@ -141,17 +135,18 @@ class InspectTab:
                 empty_table(caption),
                 next_value(reading, span),
             )
-        sae = self.shared.hooked.saes[reading.site]
+        sae = hooked.saes[reading.site]
         latent, problem = None, None
         try:
             latent = one_latent(chosen, sae)
         except SaehookError as error:
             problem = str(error)
-        strip = strip_value(reading, latent, span, COLOURS.get(colour, ""), colour, bool(numbers))
+        label = "" if latent is None else labels_of(sae)[0].get(latent, "")
+        strip = strip_value(reading, latent, span, COLOURS.get(colour, ""), colour, bool(numbers), label)
         if problem and chosen and not COLOURS.get(colour):
             strip["legend"] = problem
-        keep = Filter(float(dense or 0) / 100, float(least or 0), str(words or ""))
-        table = table_value(reading, sae, latent, span, sort if sort in SORTS else "activation", keep)
+        hits = listed(reading, sae, span, sort, filter_of(dense, least, words))
+        table = table_value(reading, sae, latent, span, hits)
         return strip, table, next_value(reading, span)
 
     def on_strip_select(
@@ -168,13 +163,34 @@ class InspectTab:
             new = None
         return new, *self.show(reading, chosen, new, site, colour, numbers, sort, dense, least, words)
 
+    def on_measure(
+        self, reading: Reading | None, chosen: str, span: Span, site: str, colour: str, numbers: bool, sort: str,
+        dense: float | None, least: float | None, words: str,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """The latents of the table are ablated, each in a run of its own."""
+        hooked = self.shared.hooked
+        with told_to_the_visitor():
+            if reading is None or reading.site not in hooked.saes or (site and site != reading.site):
+                raise ArgumentError("There is no text whose latents could be ablated. Press Read first.")
+            found = listed(reading, hooked.saes[reading.site], span, sort, filter_of(dense, least, words))
+            latents = [row.hit.latent for row in found.rows if row.hit.latent not in reading.measured]
+            effects = ablation_effects(hooked, reading.facts.ids, reading.site, latents)
+            reading = replace(reading, measured={**reading.measured, **effects})
+            return reading, *self.show(reading, chosen, span, site, colour, numbers, sort, dense, least, words)
+
 
 def strip_value(
-    reading: Reading, latent: int | None, span: Span, measure: str = "", name: str = "", numbers: bool = False
+    reading: Reading,
+    latent: int | None,
+    span: Span,
+    measure: str = "",
+    name: str = "",
+    numbers: bool = False,
+    label: str = "",
 ) -> dict[str, Any]:
     """The tokens of a reading, coloured by `latent` or, with a `measure` of the inspection, by that."""
     facts = reading.facts
-    values, legend = _measured(facts, latent, measure, name)
+    values, legend = _measured(facts, latent, measure, name, label)
     counted = [v if math.isfinite(v) and (keep or measure) else 0.0 for v, keep in zip(values, facts.mask, strict=True)]
     largest = max(map(abs, counted), default=0.0)
     start, stop = span or (0, 0)
@@ -201,75 +217,14 @@ def strip_value(
     }  # fmt: skip
 
 
-def _measured(facts: Inspection, latent: int | None, measure: str, name: str) -> tuple[list[float], str]:
+def _measured(facts: Inspection, latent: int | None, measure: str, name: str, label: str) -> tuple[list[float], str]:
     """The number of each token, and what it is; nothing where no latent is chosen."""
     if measure:
         values = getattr(facts, measure) - (facts.loss if measure.startswith("loss_") else 0)
         return values.tolist(), f"{name}: "
     if latent is None:
         return [0.0] * len(facts.ids), ""
-    return facts.activations_of(latent).tolist(), f"latent {latent} at {facts.site}: "
-
-
-def table_value(
-    reading: Reading,
-    sae: SAE,
-    latent: int | None,
-    span: Span = None,
-    sort: str = "activation",
-    keep: Filter = Filter(),  # noqa: B008
-) -> dict[str, Any]:
-    """The strongest latents of a reading, or of its tokens in `span`.
-
-    Args:
-        sort: one of `SORTS`.
-    """
-    facts = reading.facts
-    start, stop = span or (0, len(facts.ids))
-    hits, active = facts.strongest(sae.config.d_sae, start, stop)
-    density = None if sae.stats is None else sae.stats.density
-    found = [
-        (hit, facts.effects.get(hit.latent, math.nan), 0.0 if density is None else float(density[hit.latent]))
-        for hit in hits
-    ]
-    labels, trouble = _labels(sae)
-    found = [row for row in found if keep.passes(row[0].activation, row[2], labels.get(row[0].latent, ""))]
-    passed = len(found)
-    found = sorted(found, key=SORTS[sort])[:SHOWN]
-    one = span is not None and stop - start == 1
-    if span is None:
-        what = "Strongest latents of the text"
-    elif one:
-        what = f"Strongest latents of token {start}, “{one_line(reading.tokens[start])}”"
-        what += "" if facts.mask[start] else " (outside the mask: the SAE was not trained on it)"
-    else:
-        what = f"Strongest latents of tokens {start} to {stop - 1}"
-    columns = ["latent", *(["activation"] if one else ["largest activation", "on token"])]
-    columns += [] if sae.stats is None else ["recorded max", "fires on"]
-    columns += ["loss without it", "label"]
-    largest = max((row[0].activation for row in found), default=1.0)
-    rows = []
-    for hit, effect, share in found:
-        cells = [f"{hit.activation:.3g}"]
-        if not one:
-            cells.append(f"{one_line(reading.tokens[hit.position])}  ({hit.position})")
-        if sae.stats is not None:
-            cells += [f"{float(sae.stats.max_act[hit.latent]):.3g}", f"{share:.2%}"]
-        cells += [f"{effect:+.4f}" if math.isfinite(effect) else "–", labels.get(hit.latent, "")]
-        rows.append(
-            {"key": hit.latent, "cells": cells, "share": hit.activation / largest, "selected": hit.latent == latent}
-        )
-    of = f"{active} that fire" if passed == active else f"{passed} that the filters keep, {active} fire"
-    return {"caption": f"{what} · showing {len(rows)} of {of}{trouble}", "columns": columns, "rows": rows}
-
-
-def _labels(sae: SAE) -> tuple[dict[int, str], str]:
-    """What the latents are called, and why that cannot be read."""
-    try:
-        notes: dict[int, LatentNote] = read_notes(sae)
-    except SaehookError as problem:
-        return {}, f" · no labels: {problem}"
-    return {latent: one_line(visible(note.label)) for latent, note in notes.items()}, ""
+    return facts.activations_of(latent).tolist(), f"latent {latent}{label and f', labelled {label},'} at {facts.site}: "
 
 
 def _within(span: Any, n: int) -> Span:

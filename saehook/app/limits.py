@@ -32,6 +32,10 @@ class Limits:
     """Most tokens of text that are scanned for a latent."""
     seconds: float = 60.0
     """Longest time for one lane."""
+    upload_bytes: int = 2**30
+    """Largest upload, where uploads are allowed."""
+    uploads: int = 4
+    """Visitors who may have an SAE of their own attached at a time."""
     queue: int = 16
     """Visitors who may wait for the model; the next one is told that the page is busy."""
 

@@ -21,6 +21,8 @@ from saehook.app.search_tab import SearchTab
 from saehook.app.shared import ON_MODEL, QUIET, Shared
 from saehook.app.sidebar import Sidebar, make_kind
 from saehook.app.sweep_tab import SweepTab
+from saehook.app.upload_form import UploadForm
+from saehook.app.uploads import Uploads
 from saehook.hooked_saes import HookedSAEs
 
 TITLE = "saehook: read and edit a language model, one latent at a time"
@@ -28,29 +30,34 @@ INTRODUCTION = """
 # saehook
 
 A language model turns each token into a vector, layer by layer. A **sparse autoencoder** (SAE) takes such a vector apart into a
-few **latents**: directions that are mostly off, and when on often stand for something one can name, such as "inside a function
-signature". **Inspect** shows which latents fire on your text; “Edit this latent” puts a change of the chosen one into the sidebar;
-**Generate** lets the model write on under these edits, beside the model as it is, **Sweep** tries many strengths of one, 
-**Attribution** says which latents are behind a next token, and **Latent** what is known of one.
+few **latents**: directions that are off most of the time, and when on often stand for something one can name.
+
+**1.** Below, the tokens are coloured by one latent; click a token or a row of the table to see others. **2.** “Edit this latent”
+makes the chosen one stronger. **3.** Open **Generate** and press the button: the model writes on, as it is and with your edit.
 """
 # On a narrow window it would cover the page.
 CLOSE_SIDEBAR = "() => { if (innerWidth <= 768) document.querySelector('.sidebar.open .toggle-button')?.click(); }"
 PROMPTS = [
+    "She looked out of the window and saw",
     "class Stack:\n    def __init__(self",
     "import json\n\ndef load(path):\n    with open(path) as",
-    "She looked out of the window and saw",
     'def area(radius):\n    """Return the area of a circle.',
 ]
-PROMPT_NAMES = ["a Python class", "reading a file", "a novel", "a docstring"]
+PROMPT_NAMES = ["a novel", "a Python class", "reading a file", "a docstring"]
 
 
 def build_app(
-    hooked: HookedSAEs, *, limits: Limits | None = None, sae_paths: Mapping[str, Any] | None = None
+    hooked: HookedSAEs,
+    *,
+    limits: Limits | None = None,
+    sae_paths: Mapping[str, Any] | None = None,
+    uploads: bool = False,
 ) -> gr.Blocks:
     """The page for a model with SAEs attached; `serve` launches it safely.
 
     Args:
         sae_paths: where each SAE lies, by site, to be named in the Python that repeats a run.
+        uploads: see `serve`.
     """
     limits = limits or Limits()
     paths = {site: str(path) for site, path in (sae_paths or {}).items()}
@@ -64,7 +71,7 @@ def build_app(
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 prompt = gr.Textbox(
-                    PROMPTS[0], label="Prompt", info="Shift+Enter reads it", lines=4, max_lines=10, elem_id="prompt",
+                    PROMPTS[0], label="Prompt", info="Shift+Enter reads it", lines=3, max_lines=10, elem_id="prompt",
                     max_length=limits.prompt_chars,
                 )  # fmt: skip
                 chat = gr.Checkbox(
@@ -84,12 +91,16 @@ def build_app(
                     read_button = gr.Button("Read", variant="primary", elem_id="read", scale=1, min_width=90)
                 with gr.Row(elem_classes="bottom"):
                     latent = gr.Textbox(
-                        "", label="Chosen latent", max_lines=1, max_length=12, elem_id="latent", scale=2, min_width=80
+                        "", label="Chosen latent", max_lines=1, max_length=12, elem_id="latent", scale=2, min_width=110
                     )
                     kind = make_kind()
-                    to_edit = gr.Button("Edit this latent", elem_id="to-edit", scale=1, min_width=110)
+                    to_edit = gr.Button(
+                        "Edit this latent", variant="primary", elem_id="to-edit", scale=1, min_width=150
+                    )
         reading = gr.State(None, time_to_live=3600)
-        shared = Shared(hooked, limits, paths, prompt, site, latent, reading, editor, chat, gr.State(None))
+        shared = Shared(
+            Uploads(hooked, limits), limits, paths, prompt, site, latent, reading, editor, chat, gr.State(None)
+        )
         shared.controls += [prompt, chat, site, latent, kind]
         shared.tab = gr.State("inspect")
         with gr.Tabs(selected="inspect", elem_id="tabs") as shared.tabs:
@@ -107,13 +118,16 @@ def build_app(
                 SearchTab(shared)
             with _tab(shared, "SAE card", "card") as tab:
                 CardTab(shared, tab)
+                upload = UploadForm(shared) if uploads else None
         with below_editor:
             sidebar = Sidebar(shared)
         inspect.reads_on([read_button.click, prompt.submit, site.input])
         inspect.start(PROMPTS[0])
         sidebar.wire(to_edit, kind, generate, inspect.shown, blocks)
+        if upload is not None:
+            upload.wire(inspect.shown, blocks)
         blocks.load(None, None, None, js=CLOSE_SIDEBAR, **QUIET)
-        for name, function in endpoints(hooked, limits).items():
+        for name, function in endpoints(shared.uploads, limits).items():
             api(function, api_name=name, **ON_MODEL)
     return blocks.queue(max_size=limits.queue, default_concurrency_limit=1)
 

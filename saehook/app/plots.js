@@ -1,6 +1,6 @@
 // Small pictures of numbers over one common x, each point of which can be clicked or reached with Tab; text enters as text only.
 const W = 330, H = 190, LEFT = 46, RIGHT = 320, TOP = 10, BOTTOM = 156;
-const COLOURS = ['#1A85FF', '#D41159', '#8a7a00', '#6b4fc0'];
+const COLOURS = ['#1A85FF', '#D41159', '#8a7a00', '#a83090'];
 const svg = (tag, fields, ...children) => {
   const node = document.createElementNS('http://www.w3.org/2000/svg', tag);
   for (const [key, value] of Object.entries(fields || {})) node.setAttribute(key, value);
@@ -16,7 +16,7 @@ const picture = (panel, value) => {
   const x = value.x, all = [...panel.series.flatMap(one => one.y), panel.base ?? null].filter(v => v !== null);
   let low = Math.min(...all), high = Math.max(...all);
   if (panel.zero) { low = Math.min(0, low); high = Math.max(0, high); }
-  if (low === high) { low -= 1; high += 1; }
+  if (low === high) { low -= panel.zero ? 0 : 1; high += 1; }
   const log = v => panel.logarithmic ? Math.log2(v) : v, back = v => panel.logarithmic ? 2 ** v : v;
   const places = [...x, ...(panel.edges || []), ...(panel.mark ? [panel.mark] : [])];
   const left = log(Math.min(...places)), right = log(Math.max(...places)), span = right - left || 1;

@@ -49,7 +49,7 @@ const controls = (row, n) => {
   const edit = row.edit, key = name => 'edit-' + n + '-' + name;
   const op = control(choice(OPS, edit.op), 'Operation of edit ' + n, key('op'));
   op.onchange = () => { edit.op = op.value;
-    if (!VALUED.includes(edit.op)) { delete edit.value; } else edit.value ??= edit.op === 'scale' ? 2 : 0.4;
+    if (!VALUED.includes(edit.op)) { delete edit.value; } else edit.value ??= edit.op === 'scale' ? 2 : 0.3;
     if (!UNITED.includes(edit.op)) delete edit.unit;
     if (['ablate', 'keep_only'].includes(edit.op)) delete edit.active_only;
     put(edit, 'source', edit.op === 'resample' ? [0, -1] : undefined); changed(); };
@@ -142,7 +142,7 @@ const listPresets = () => part('preset').replaceChildren(make('option', {value: 
   ...Object.keys(saved()).sort().map(name => make('option', {value: name, textContent: name})));
 
 part('add').onclick = () => {
-  draft.rows.push({on: true, edit: {op: 'add', latents: '', value: 0.4, unit: 'norm'}}); changed();
+  draft.rows.push({on: true, edit: {op: 'add', latents: '', value: 0.3, unit: 'norm'}}); changed();
   element.querySelector('#edit-' + draft.rows.length + '-latent').focus(); };
 part('clear').onclick = () => { Object.assign(draft, {rows: [], error: 'keep', norm: null, splice: false, parallel: false}); changed(); };
 part('error').onchange = event => { draft.error = event.target.value; commit(); };

@@ -20,7 +20,7 @@ from saehook.fields import from_json
 from saehook.hooked_saes import HookedSAEs
 from saehook.interventions import NO_VALUE, AnyEdit, Edit, Program, VectorEdit
 
-DEFAULT_STRENGTH = 0.4
+DEFAULT_STRENGTH = 0.3
 """In units of the activation's norm: enough to see, too little to break the text."""
 MAX_NUMBERS = 64
 """In one field."""
@@ -29,7 +29,7 @@ MAX_CHARS = 100_000
 WHOLE = ("error", "norm", "splice", "parallel")
 """What belongs to all edits together."""
 KINDS = {
-    "add 0.4 × ‖x‖": {"op": "add", "value": DEFAULT_STRENGTH, "unit": "norm"},
+    "add 0.3 × ‖x‖": {"op": "add", "value": DEFAULT_STRENGTH, "unit": "norm"},
     "set to its max": {"op": "set", "value": 1.0, "unit": "max"},
     "scale × 2": {"op": "scale", "value": 2.0},
     "ablate": {"op": "ablate"},

@@ -3,8 +3,8 @@ page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from saehook.app.limits import Limits
@@ -26,6 +26,8 @@ class Reading:
     facts: Inspection
     tokens: list[str]
     """The tokens, made visible."""
+    measured: Mapping[int, float] = field(default_factory=dict)
+    """The effects of latents that were ablated, `ablation_effects`."""
 
     @property
     def site(self) -> str:

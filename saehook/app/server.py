@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -11,15 +11,15 @@ from gradio.themes import Base, Default
 from gradio.themes.utils.fonts import LocalFont
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import JSONResponse
 
 from saehook.app.limits import Limits
 from saehook.app.page import build_app
+from saehook.app.refusals import Refusals
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 
 CSS = """
-.gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1400px !important; margin: 0 auto !important; }
 /* Gradio makes room beside its sidebar by a measurement that a slow first load can lose. Up to 768px the sidebar takes the whole
    width; no @media for that: in it Gradio lets rules reach only what is below .contain. */
 .sidebar-parent:has(.sidebar.open) {
@@ -28,9 +28,11 @@ CSS = """
 #introduction h1 { margin-bottom: 4px; }
 .step h2 { margin: 8px 0 0; }
 .gradio-container .html-container { padding: 0 !important; }
+#snippet .cm-content *, #shell .cm-content * { color: var(--body-text-color) !important; }
+.tab-container button.selected { color: var(--link-text-color) !important; }
 .bottom > button { align-self: flex-end; }
 #settings .form, #lanes { flex-wrap: wrap; }
-#settings .form > * { min-width: 170px !important; }
+#settings .form > * { min-width: 140px !important; }
 #lanes > .block { min-width: min(260px, 100%) !important; }
 #lanes .block, #lanes .html-container, #lanes .html-container > div { display: flex; flex-direction: column; flex: 1 1 0; }
 #lanes .html-container, #lanes .html-container > div { min-height: 0; flex-basis: auto; }
@@ -46,6 +48,7 @@ def serve(
     limits: Limits | None = None,
     sae_paths: Mapping[str, Any] | None = None,
     mcp: bool = False,
+    uploads: bool = False,
     block: bool = True,
     quiet: bool = False,
 ) -> gr.Blocks:
@@ -57,14 +60,18 @@ def serve(
         allowed_hosts: names under which the page may be asked for, beside `host` and this machine's own; a request for another
             name is refused (a foreign web page could otherwise use the visitor's browser to reach this one).
         sae_paths: see `build_app`.
-        mcp: offer the named endpoints to language models, too, by the Model Context Protocol (`pip install 'gradio[mcp]'`).
+        mcp: offer the named endpoints to language models, too, by the Model Context Protocol, at
+            /gradio_api/mcp/ (`pip install 'saehook[mcp]'`).
+        uploads: a visitor may send an SAE, which is then attached for that visitor: its cfg.json and `.safetensors` files.
 
     Raises:
-        ArgumentError: `mcp` without its packages.
+        ArgumentError: `mcp` without its package.
     """
     if mcp and importlib.util.find_spec("mcp") is None:
-        raise ArgumentError("mcp=True needs packages that are not there. Run: pip install 'gradio[mcp]'.")
-    app = build_app(hooked, limits=limits, sae_paths=sae_paths)
+        # `gradio[mcp]` asks for the same package, and for an older pydantic than is needed.
+        raise ArgumentError("mcp=True needs the package mcp, which is not there. Run: pip install 'mcp>=1.21,<2'.")
+    limits = limits or Limits()
+    app = build_app(hooked, limits=limits, sae_paths=sae_paths, uploads=uploads)
     hosts = list(dict.fromkeys(["127.0.0.1", "localhost", host, *allowed_hosts]))
     app.launch(
         server_name=host,
@@ -74,6 +81,7 @@ def serve(
         strict_cors=True,
         allowed_paths=[],
         enable_monitoring=False,
+        max_file_size=limits.upload_bytes if uploads else 0,
         mcp_server=mcp,
         pwa=False,
         ssr_mode=False,
@@ -82,7 +90,7 @@ def serve(
         app_kwargs={
             "middleware": [
                 Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
-                Middleware(Refusals, limits=limits or Limits()),
+                Middleware(Refusals, limits=limits, uploads=uploads),
             ]
         },
         theme=theme(),
@@ -91,47 +99,6 @@ def serve(
         quiet=quiet,
     )
     return app
-
-
-Message = MutableMapping[str, Any]
-
-
-class Refusals:
-    """Refuses uploads, and says why where Gradio refuses without a number, or with one that its page does not show."""
-
-    def __init__(self, app: Any, limits: Limits) -> None:
-        self.app, self.limits = app, limits
-
-    async def __call__(
-        self,
-        scope: Message,
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
-    ) -> None:
-        """One request."""
-        path = scope.get("path", "").rstrip("/")
-        if scope["type"] != "http" or not path.endswith(("/upload", "/queue/join")):
-            await self.app(scope, receive, send)
-        elif path.endswith("/upload"):
-            size = dict(scope["headers"]).get(b"content-length", b"some").decode("latin-1")[:20]
-            says = f"A file of {size} bytes was sent; this page takes 0: it has no uploads."
-            await JSONResponse({"detail": says}, 413)(scope, receive, send)
-        else:
-            full = False
-
-            async def told(message: Message) -> None:
-                nonlocal full
-                full = full or message.get("status") == 503
-                if not full:
-                    await send(message)
-
-            await self.app(scope, receive, told)
-            if full:  # at 503 the browser shows a sentence of its own
-                n = self.limits.queue
-                says = (
-                    f"The model is busy: {n} requests wait for it, and this page lets {n} wait. Try again in a moment."
-                )
-                await JSONResponse({"detail": says}, 429)(scope, receive, send)
 
 
 def theme() -> Base:
@@ -150,5 +117,9 @@ def theme() -> Base:
         block_label_text_color="*neutral_700",
         block_label_text_color_dark="*neutral_200",
         block_title_text_color="*neutral_700",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_cancel_background_fill="#c42020",
+        button_cancel_background_fill_hover="#a01515",
         block_title_text_color_dark="*neutral_200",
     )

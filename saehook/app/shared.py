@@ -10,6 +10,7 @@ import gradio as gr
 
 from saehook.app.limits import Limits
 from saehook.app.program_rows import whole_numbers
+from saehook.app.uploads import Uploads
 from saehook.errors import ArgumentError
 from saehook.hooked_saes import HookedSAEs
 from saehook.sae import SAE
@@ -26,10 +27,11 @@ ON_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 class Shared:
     """Nothing here changes once the page is built; what a visitor sets stays with the visitor's page."""
 
-    hooked: HookedSAEs
+    uploads: Uploads
+    """What a visitor's request runs."""
     limits: Limits
-    sae_paths: Mapping[str, str]
-    """Where each SAE lies, by site."""
+    served_paths: Mapping[str, str]
+    """Where each served SAE lies, by site."""
     prompt: gr.Textbox
     site: gr.Dropdown
     latent: gr.Textbox
@@ -47,6 +49,17 @@ class Shared:
     tabs: gr.Tabs | None = None
     tab: gr.State | None = None
     """Id of the open tab."""
+
+    @property
+    def hooked(self) -> HookedSAEs:
+        """The model with the SAEs that this visitor has."""
+        return self.uploads.hooked
+
+    @property
+    def sae_paths(self) -> dict[str, str]:
+        """Where each of them lies, by site; nowhere if it was uploaded."""
+        own, served = self.hooked.saes, self.uploads.served.saes
+        return {site: path for site, path in self.served_paths.items() if own.get(site) is served.get(site)}
 
     @property
     def has_template(self) -> bool:

@@ -32,7 +32,7 @@ over into the sidebar. With more prompts each has its curve, and the first one i
 here, too.
 """
 NOTHING = "Sweep to see what each strength does."
-STRENGTHS = "-0.8, -0.4, -0.2, 0.2, 0.4, 0.6, 0.8, 1.2"
+STRENGTHS = "-0.6, -0.3, -0.15, 0.15, 0.3, 0.45, 0.6, 0.9"
 FIRST_LATENT = "the chosen latent, added"
 
 
@@ -139,7 +139,7 @@ class SweepTab:
         shared = self.shared
         if which == FIRST_LATENT:
             latent = one_latent(chosen, shared.hooked.saes[shared.hooked.resolve_site(site)])
-            return None, edit_of(latent_row(latent, site, "add 0.4 × ‖x‖"), 1)
+            return None, edit_of(latent_row(latent, site, "add 0.3 × ‖x‖"), 1)
         rows = checked_rows(value)
         number = int(which.removeprefix("edit ")) if which.removeprefix("edit ").isdecimal() else 0
         if not 1 <= number <= len(rows):

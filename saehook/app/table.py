@@ -70,6 +70,7 @@ STYLE = """
 .table tr.selected td { background-color: rgb(26 133 255 / 0.18); }
 .table.plain tbody tr { cursor: default; }
 .table button { all: unset; cursor: pointer; min-width: 3.5em; color: var(--link-text-color); }
+.table tr.selected button { color: var(--body-text-color); font-weight: 600; }
 .table button:focus-visible { outline: 2px solid currentColor; }
 .table td.strength { --bar: rgb(26 133 255 / 0.45); background-image: linear-gradient(var(--bar), var(--bar));
   background-repeat: no-repeat; background-position: 0 50%; background-size: calc(var(--share) * 100%) 70%; }

@@ -36,7 +36,12 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--host", default="127.0.0.1", help="address to serve on (default: this machine only)")
     sub.add_argument("--port", type=int, default=7860, help="port to serve on (default: 7860)")
     sub.add_argument(
-        "--mcp", action="store_true", help="offer the page's endpoints by MCP, too (pip install 'gradio[mcp]')"
+        "--mcp", action="store_true", help="offer the page's endpoints by MCP, too (pip install 'mcp>=1.21,<2')"
+    )
+    sub.add_argument(
+        "--allow-uploads",
+        action="store_true",
+        help="let visitors attach an SAE of their own: cfg.json and .safetensors",
     )
     sub.add_argument("--no-serve", action="store_true", help="only evaluate")
 
@@ -57,7 +62,15 @@ def run(arguments: argparse.Namespace) -> None:
     from saehook.app import serve
 
     print(f"serving on http://{arguments.host}:{arguments.port} - stop with Ctrl-C", flush=True)
-    page = serve(hooked, host=arguments.host, port=arguments.port, sae_paths=folders, mcp=arguments.mcp, block=False)
+    page = serve(
+        hooked,
+        host=arguments.host,
+        port=arguments.port,
+        sae_paths=folders,
+        mcp=arguments.mcp,
+        uploads=arguments.allow_uploads,
+        block=False,
+    )
     print("\nmeasured again here, while the page is up:", flush=True)
     measure(hooked, folders, text, arguments)
     page.block_thread()

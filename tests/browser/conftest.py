@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from app_fixtures import collect_loops, free_port, tiny
@@ -30,6 +31,16 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def app_with_uploads() -> Iterator[Any]:
+    from saehook.app import Limits, serve
+
+    app = serve(tiny(), port=free_port(), limits=Limits(), uploads=True, block=False, quiet=True)
+    yield app
+    app.close()
+    collect_loops()
+
+
+@pytest.fixture(scope="session")
 def browser():
     from playwright.sync_api import expect, sync_playwright
 
@@ -53,15 +64,15 @@ def visit(browser, url) -> Iterator[Callable]:
         if not left:
             errors.append(error)
 
-    def open_page(query: str = "?__theme=light", wait: str = "#strip .token", width: int = 1280):
+    def open_page(query: str = "?__theme=light", wait: str = "#strip .token", width: int = 1280, at: str = url):
         context = browser.new_context(viewport={"width": width, "height": 900})
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
-        page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else outside.append(r.url))
+        page.on("request", lambda r: None if r.url.startswith((at, "data:", "blob:")) else outside.append(r.url))
         page.on("pageerror", lambda error: note(str(error)))
         page.on("console", lambda message: note(message.text) if message.type == "error" else None)
-        page.goto(url + query)
+        page.goto(at + query)
         page.locator(wait).first.wait_for(timeout=60_000)
         return page
 
