@@ -36,10 +36,10 @@ PACKAGES = {
     "dictionary_learning": "dictionary-learning==0.1.0",
     "saelens": "sae-lens==6.54.12",
 }
-SITE, LR, BATCHES = "layers.0.resid_post", 1e-4, 4
+SITE, LR = "layers.0.resid_post", 1e-4
 FOLDER = Path.home() / ".cache" / "saehook" / "peers"
 CHECKED_STEPS, TOLERANCE = 20, 1e-4
-"""Steps whose errors are compared, and how far they may differ, as a share."""
+"""Steps whose errors are compared, each on a batch of its own as in training, and how far they may differ, as a share."""
 
 
 class PeerError(SaehookError):
@@ -149,7 +149,7 @@ def measure(
         PeerError: its errors are not ours.
     """
     generator = torch.Generator().manual_seed(0)
-    batches = F.normalize(torch.randn(BATCHES, batch, d_in, generator=generator), dim=-1)
+    batches = F.normalize(torch.randn(CHECKED_STEPS, batch, d_in, generator=generator), dim=-1)
     weight, bias = torch.randn(d_sae, d_in, generator=generator), torch.randn(d_sae, generator=generator)
     for name in names:
         assert name in PEERS
@@ -170,7 +170,7 @@ def measure(
         seconds: dict[str, list[float]] = {variant: [] for variant in variants}
         for i in range(repeats):
             for variant in random.sample(list(variants), len(variants)):
-                seconds[variant].append(variants[variant](i % BATCHES)["seconds"])
+                seconds[variant].append(variants[variant](i % CHECKED_STEPS)["seconds"])
         peer.close()
         yield {
             "what": name,
@@ -192,7 +192,7 @@ def agree(name: str, ours: Ours, peer: Peer) -> float:
     """Take the first steps with both; the largest difference of their errors, as a share."""
     largest = 0.0
     for i in range(CHECKED_STEPS):
-        a, b = ours.step(i % BATCHES)["error"], peer.step(i % BATCHES)["error"]
+        a, b = ours.step(i)["error"], peer.step(i)["error"]
         largest = max(largest, abs(a - b) / abs(a))
         if not abs(a - b) <= TOLERANCE * abs(a):
             peer.close()
