@@ -108,8 +108,8 @@ def peers() -> str:
     r = rows[0]
     lines.append(
         f"\nTopK steps, {r['d_in']} → {r['d_sae']:,}, k {r['k']}, {r['batch']:,} tokens; same data, weights and mathematics, "
-        f"losses compared over the first 20 steps. {r['threads']} CPU threads, torch {r['torch']}; medians of one interleaved run "
-        "of `python tests/bench/bench_train_step.py --only --peers`."
+        f"losses compared over the first 20 steps. {r['threads']} CPU threads, torch {r['torch']}; medians, each peer "
+        "interleaved with ours, by `python tests/bench/bench_train_step.py --only --peers`."
     )
     return "\n".join(lines)
 
