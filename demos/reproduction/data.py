@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,11 @@ SEQUENCE = 128
 """Tokens of a sequence that is measured on, and drawn again by the bootstrap."""
 SEQUENCES = {"planted": 64, "stories": 64, "bundled": 32}
 """How many are measured on; fewer of the largest model."""
+WIDTH = {"stories": 64, "bundled": 256}
+"""Of the residual stream."""
 SPREAD = 96
+LONGER = 4
+"""Times as much is measured on where that was too little to decide."""
 HELD_OUT_SEED = 1
 CHUNK = 16_384
 
@@ -61,11 +65,13 @@ class Planted:
     """Of every coordinate."""
     scale: float = 1.0
     site: str = "planted"
+    times: int = 1
+    """So many times `SEQUENCES` are measured on."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """What decides the activations."""
-        return {"planted": asdict(self)}
+        return {"planted": {name: value for name, value in asdict(self).items() if name != "times"}}
 
     @property
     def words(self) -> str:
@@ -103,13 +109,17 @@ class Planted:
 
     @functools.cached_property
     def _held(self) -> HeldOut:
-        n = SEQUENCES["planted"]
+        n = self.times * SEQUENCES["planted"]
         x = self.draw(n * SEQUENCE, HELD_OUT_SEED).view(n, SEQUENCE, self.d_in)
         return HeldOut(x, torch.ones(x.shape[:2], dtype=torch.bool))
 
     def held_out(self) -> HeldOut:
         """What is measured on."""
         return self._held
+
+    def longer(self) -> Planted:
+        """With `LONGER` times as much to measure on."""
+        return replace(self, times=LONGER)
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,8 @@ class LanguageModel:
     places: Places = field(default_factory=Places)
     clean_logits: Tensor | None = None
     """Of the measured sequences, [sequences, SEQUENCE, vocabulary], once they were made."""
+    times: int = 1
+    """So many times `SEQUENCES` are measured on."""
 
     @functools.cached_property
     def model(self) -> HookedModel:
@@ -164,9 +176,17 @@ class LanguageModel:
             assert self.places.stories_held_out is not None
             texts = stories(self.places.stories_held_out)
         ids = windows(texts, self.model.tokenizer, SEQUENCE, max_tokens=150_000).ids
-        spread = ids[(torch.arange(SPREAD) * len(ids)) // SPREAD]
-        measured = spread[torch.arange(SPREAD) % 3 > 0]
-        return measured[:: len(measured) // SEQUENCES[self.name]]
+        places = torch.arange(self.times * SPREAD)
+        spread = ids[(places * len(ids)) // len(places)]
+        measured = spread[places % 3 > 0]
+        return measured[:: len(measured) // (self.times * SEQUENCES[self.name])]
+
+    @functools.cached_property
+    def longer(self) -> LanguageModel:
+        """The same with `LONGER` times as much to measure on."""
+        other = LanguageModel(self.name, self.sites, self.cache, self.places, times=LONGER)
+        other.__dict__["model"] = self.model
+        return other
 
     @functools.cached_property
     def text_sha256(self) -> str:
@@ -235,9 +255,14 @@ class Site:
         return f"`{self.site}` of {'the bundled model' if self.lm.name == 'bundled' else 'stories260K'}"
 
     @property
+    def times(self) -> int:
+        """So many times `SEQUENCES` are measured on."""
+        return self.lm.times
+
+    @property
     def d_in(self) -> int:
         """Width."""
-        return self.held_out().x.shape[-1]
+        return WIDTH[self.lm.name]
 
     def chunks(self) -> Iterator[dict[str, Tensor]]:
         """Those of all sites of the model."""
@@ -246,6 +271,10 @@ class Site:
     def held_out(self) -> HeldOut:
         """What is measured on."""
         return self.lm.held(self.site)
+
+    def longer(self) -> Site:
+        """With `LONGER` times as much to measure on."""
+        return Site(self.lm.longer, self.site)
 
 
 Data = Planted | Site

@@ -90,15 +90,15 @@ class Plot:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One claim, run once."""
+    """What is known of one claim; data that were measured at different times stand side by side (`joined`)."""
 
     findings: list[Finding]
     plots: list[Plot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     untestable: str = ""
     """Why nothing could be measured."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Form, date, versions, data, tokens, seeds, seconds."""
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    """Of each command that measured a part of it: date, versions, seeds, seconds, and what was trained, by data."""
 
     @property
     def verdict(self) -> str:
@@ -115,7 +115,49 @@ class Outcome:
         nan: dict[str, Any] = {name: float("nan") for name in ("value", "low", "high")}
         findings = [Finding(**nan | {k: v for k, v in f.items() if v is not None}) for f in data["findings"]]
         plots = [Plot(**p | {"series": [Series(**s) for s in p["series"]]}) for p in data["plots"]]
-        return Outcome(findings, plots, data["notes"], data["untestable"], data["facts"])
+        return Outcome(findings, plots, data["notes"], data["untestable"], data["runs"])
+
+
+def joined(old: Outcome, new: Outcome) -> Outcome:
+    """The new one, with what the old one found on other data; of data that were measured again only the new is left."""
+    if not new.findings:
+        return old if old.findings else new
+    again = {finding.data for finding in new.findings}
+    findings = sorted([f for f in old.findings if f.data not in again] + new.findings, key=_place)
+    plots = {plot.title: plot for plot in old.plots}
+    for plot in new.plots:
+        plots[plot.title] = _joined_plots(plots[plot.title], plot) if plot.title in plots else plot
+    runs = []
+    for run in old.runs:
+        left = {data: facts for data, facts in run["trained"].items() if data not in again}
+        if left:
+            runs.append(run | {"trained": left})
+    notes = list(dict.fromkeys([*old.notes, *new.notes]))
+    return Outcome(findings, list(plots.values()), notes, new.untestable, runs + new.runs)
+
+
+def _place(finding: Finding) -> int:
+    """Planted data first, then the bundled model, then the second one."""
+    return 1 if "bundled model" in finding.data else 2 if "stories260K" in finding.data else 0
+
+
+def _joined_plots(old: Plot, new: Plot) -> Plot:
+    """Curves of the new one stand for those of the same name; on named places points do."""
+    if not new.ticks:
+        curves = {series.label: series for series in (*old.series, *new.series)}
+        return dataclasses.replace(new, series=list(curves.values()))
+    ticks = list(dict.fromkeys([*old.ticks, *new.ticks]))
+    points: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for plot in (old, new):
+        for series in plot.series:
+            for x, *point in zip(series.x, series.y, series.low, series.high, strict=True):
+                points.setdefault(series.label, {})[plot.ticks[round(x)]] = (point[0], point[1], point[2])
+    curves = []
+    for label, by_tick in points.items():
+        places = sorted(by_tick, key=ticks.index)
+        y, low, high = ([by_tick[tick][i] for tick in places] for i in range(3))
+        curves.append(Series(label, [float(ticks.index(tick)) for tick in places], y, low, high))
+    return dataclasses.replace(new, series=curves, ticks=ticks)
 
 
 def verdict(findings: Sequence[Finding], untestable: str = "") -> str:

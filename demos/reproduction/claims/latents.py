@@ -11,7 +11,8 @@ from reproduction.data import Site
 from reproduction.laboratory import Lab
 from reproduction.measure import sample
 from reproduction.outcome import Finding, Outcome, Plot, Series
-from reproduction.registry import claim
+from reproduction.registry import arms, claim, methods
+from reproduction.runner import Run
 from saehook import SAE, corpus
 from saehook.suite.ablation_sparsity import HORIZON, ablation_sparsity, effect_sparsity
 from saehook.suite.attribution_accuracy import attribution_accuracy
@@ -21,7 +22,7 @@ from saehook.suite.probe_tasks import make_tasks
 from saehook.suite.sample import AddAction
 
 NO_MODEL = "There is no language model among the data."
-ROWS = 4
+ROWS = 16
 """Sequences whose latents are ablated one by one."""
 TOKENS = 8
 """Tokens at which latents are ablated, for each seed."""
@@ -31,8 +32,14 @@ RANDOM = 64
 """Random directions that are taken off instead."""
 
 
-def _first(lab: Lab) -> list[Site]:
-    return lab.residual()
+def _python(lab: Lab) -> list[Site]:
+    """Where the model knows what the tasks are about."""
+    return [site for site in lab.residual() if site.lm.name == "bundled"]
+
+
+def _n2g_ks(lab: Lab, site: Site) -> dict[int, list[Run]]:
+    k = lab.size(site).k
+    return {k: lab.runs(site, "topk", k=k) for k in (k // 2, k, 2 * k)}
 
 
 @claim(
@@ -41,11 +48,12 @@ def _first(lab: Lab) -> list[Site]:
     says="Ablating a latent moves few logits; ablating a coordinate of the activation moves many a little, as noise does.",
     shown="(‖v‖₁ / ‖v‖₂)² / (V·T) of latents is below that of coordinates and of random directions of the same length; "
     "of Gaussian noise it is 2/π.",
+    trains=methods("topk", on=Lab.residual),
 )
 def sparse_effects(lab: Lab) -> Outcome:
     noise = float(effect_sparsity(torch.randn(HORIZON, 4096, generator=torch.Generator().manual_seed(0))))
     rows = [exact("Gaussian noise", "sparsity", noise, above=2 / math.pi - 0.01, below=2 / math.pi + 0.01)]
-    for site in _first(lab):
+    for site in lab.residual():
         saes = lab.arms(site, "topk")["topk"]
         held = site.held_out()
         assert held.ids is not None
@@ -104,10 +112,10 @@ def _random_directions(site: Site, sae: SAE) -> tuple[float, float, float]:
     source="Gao et al. 2024, section 4.2",
     says="For many properties of text there is one latent that tells them better than any coordinate of the activation.",
     shown="The cross-entropy of the best one-latent probe, mean over tasks, is below that of the best coordinate.",
+    trains=methods("topk", on=_python),
 )
 def probes(lab: Lab) -> Outcome:
-    sites = [site for site in lab.residual() if site.lm.name == "bundled"]
-    if not sites:
+    if not (sites := _python(lab)):
         return Outcome([], untestable="The tasks are about Python source, which only the bundled model knows.")
     (site,) = sites
     tasks = make_tasks(corpus.read_documents(corpus.held_out_files()), examples=EXAMPLES)
@@ -135,14 +143,15 @@ def probes(lab: Lab) -> Outcome:
     source="Gao et al. 2024, section 4.3",
     says="Token patterns (N2G) explain latents; with larger k recall rises and precision falls.",
     shown="From the smallest k to the largest, recall rises and precision falls in every seed.",
+    trains=arms(_n2g_ks, Lab.residual),
 )
 def n2g(lab: Lab) -> Outcome:
     rows, plots = [], []
-    for site in [site for site in lab.residual() if site.lm.name == "stories"] or lab.residual():
+    for site in lab.residual():
         held = site.held_out()
         assert held.ids is not None
-        ks = [lab.size(site).k // 2, lab.size(site).k, 2 * lab.size(site).k]
-        saes = lab.train({k: lab.runs(site, "topk", k=k) for k in ks})
+        saes = lab.train(_n2g_ks(lab, site))
+        ks = list(saes)
         found: dict[tuple[str, int], list] = {}
         for k, ones in saes.items():
             for seed, sae in zip(lab.seeds, ones, strict=True):
@@ -167,7 +176,7 @@ def n2g(lab: Lab) -> Outcome:
             points = [measured(site, found[name, k]) for k in ks]
             ends = [[getattr(p, part) for p in points] for part in ("value", "low", "high")]
             series.append(Series(name, [float(k) for k in ks], *ends))
-        plots.append(Plot("N2G by k", "k", "", series, log_x=True))
+        plots.append(Plot(f"N2G by k, {site.words.replace('`', '')}", "k", "", series, log_x=True))
     return Outcome(
         rows, plots, ["12 random latents and 8 examples of each, for each k and seed; tested on other sequences."]
     )
@@ -179,6 +188,7 @@ def n2g(lab: Lab) -> Outcome:
     says="First-order attribution approximates what ablating a latent does.",
     shown="Over all active latents on every token, the Pearson correlation of predicted and measured effects is above 0.9, "
     "the rank correlation above 0.8, for each seed.",
+    trains=methods("topk", on=lambda lab: lab.sites),
 )
 def attribution(lab: Lab) -> Outcome:
     rows = []
@@ -195,8 +205,5 @@ def attribution(lab: Lab) -> Outcome:
                 hooked.detach()
         for name, measures in found.items():
             rows.append(measured(site, measures, name, above=0.9 if "pearson" in name else 0.8))
-    return (
-        Outcome(rows, notes=["Effects on the log-probability of the true next token."])
-        if rows
-        else Outcome([], untestable=NO_MODEL)
-    )
+    note = f"Effects on the log-probability of the true next token, on {ROWS} sequences; 4 at first, which decided nothing."
+    return Outcome(rows, notes=[note]) if rows else Outcome([], untestable=NO_MODEL)

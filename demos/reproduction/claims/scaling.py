@@ -9,36 +9,31 @@ import torch
 from torch import Tensor
 
 from reproduction.bootstrap import Sums
+from reproduction.claims.latents import NO_MODEL
 from reproduction.claims.ratios import delta_ce, finding, fvu, kl
 from reproduction.data import Site
 from reproduction.laboratory import Lab
-from reproduction.outcome import Outcome, Plot, Series
-from reproduction.registry import claim
-from saehook import SAE
+from reproduction.outcome import Finding, Outcome, Plot, Series
+from reproduction.registry import arms, claim, nothing
+from reproduction.runner import Run
 
-SIZES = {"stories": ((64, 128, 256, 512), (4, 8, 16))}
+SIZES = {"stories": ((64, 128, 256, 512), (4, 8, 16)), "bundled": ((128, 256, 512, 1024), (8, 16, 32))}
 FULL_SIZES = {
-    "stories": ((512, 1024, 2048, 4096, 8192), (4, 8, 16, 32)),
+    "stories": ((256, 512, 1024, 2048, 4096), (4, 8, 16, 32)),
+    "bundled": ((1024, 2048, 4096, 8192, 16384), (8, 16, 32, 64)),
 }
 HELD_OUT_CELL = -2, 1
 """The cell (place of n, place of k) that the fit does not see."""
 
-Grid = dict[tuple[int, int], list[SAE]]
+
+def _grid(lab: Lab, site: Site) -> dict[tuple[int, int], list[Run]]:
+    ns, ks = (FULL_SIZES if lab.full else SIZES)[site.lm.name]
+    tokens = lab.size(site).tokens // (1 if lab.full else 2)
+    return {(n, k): lab.runs(site, "topk", d_sae=n, k=k, tokens=tokens) for n in ns for k in ks}
 
 
-def _grid(lab: Lab, site: Site) -> Grid:
-    ns, ks = (FULL_SIZES if lab.form == "full" else SIZES)[site.lm.name]
-    cells = {(n, k): lab.runs(site, "topk", d_sae=n, k=k, tokens=lab.size(site).tokens // 2) for n in ns for k in ks}
-    return lab.train(cells)
-
-
-def _site(lab: Lab) -> Site | None:
-    """The residual stream of the smallest model that is there."""
-    found = lab.residual()
-    return next((site for site in found if site.lm.name == "stories"), None)
-
-
-NO_MODEL = "The grid is trained on stories260K, which was not there; on the bundled model it is too many runs."
+def _grid_places(lab: Lab) -> list[Site]:
+    return [site for site in lab.residual() if lab.trained_here(site)]
 
 
 def _design(cells: list[tuple[int, int]]) -> Tensor:
@@ -53,12 +48,23 @@ def _design(cells: list[tuple[int, int]]) -> Tensor:
     says="The error falls as a power of the number of latents n at fixed k, and faster where k is larger.",
     shown="ln FVU = α + β_k ln k + β_n ln n + γ ln k ln n, fitted without one cell, explains more than 98 % of its variance; "
     "the slope in ln n at the middle k is negative; γ is negative; the left-out cell is predicted to 5 %.",
+    trains=arms(_grid, _grid_places),
 )
 def scaling_laws(lab: Lab) -> Outcome:
-    site = _site(lab)
-    if site is None:
-        return Outcome([], untestable=NO_MODEL)
-    grid = _grid(lab, site)
+    rows, plots = [], []
+    for site in _grid_places(lab):
+        found, plot = _laws(lab, site)
+        rows += found
+        plots.append(plot)
+    note = (
+        "Each SAE has the same tokens, so wide ones are further from convergence than the paper's, which are trained until the "
+        "loss stops falling; its fit has a second, irreducible term besides."
+    )
+    return Outcome(rows, plots, [note]) if rows else Outcome([], untestable=NO_MODEL)
+
+
+def _laws(lab: Lab, site: Site) -> tuple[list[Finding], Plot]:
+    grid = lab.train(_grid(lab, site))
     cells = list(grid)
     ns, ks = sorted({n for n, _ in cells}), sorted({k for _, k in cells})
     left_out = ns[HELD_OUT_CELL[0]], ks[HELD_OUT_CELL[1]]
@@ -73,12 +79,6 @@ def scaling_laws(lab: Lab) -> Outcome:
     def coefficients(s: Sums) -> Tensor:
         return logs(s, fitted) @ solve.T
 
-    middle = math.log(ks[len(ks) // 2])
-
-    def slope(s: Sums) -> Tensor:
-        c = coefficients(s)
-        return c[:, 2] + c[:, 3] * middle
-
     def r2(s: Sums) -> Tensor:
         y = logs(s, fitted)
         rest = y - coefficients(s) @ design.T
@@ -87,21 +87,20 @@ def scaling_laws(lab: Lab) -> Outcome:
     def predicted(s: Sums) -> Tensor:
         return (coefficients(s) @ _design([left_out])[0] - logs(s, [left_out])[:, 0]).exp()
 
+    middle = ks[len(ks) // 2]
     words = f"left-out cell n = {left_out[0]}, k = {left_out[1]}: FVU predicted / measured"
     rows = [
         finding(site, "R² of the fit of ln FVU", tables, r2, above=0.98),
-        finding(site, f"slope in ln n at k = {ks[len(ks) // 2]}", tables, slope, below=0.0),
+        finding(site, f"slope in ln n at k = {middle}", tables, _exponent(coefficients, middle), below=0.0),
         finding(site, "γ", tables, lambda s: coefficients(s)[:, 3], below=0.0),
         finding(site, words, tables, predicted, above=0.95, below=1.05),
     ]
-    return Outcome(
-        rows,
-        [_curves(site, tables, ns, ks, fvu, "FVU")],
-        [
-            f"{len(cells)} cells; each SAE has the same tokens, so wide "
-            "ones are further from convergence than the paper's, which are trained until the loss stops falling."
-        ],
-    )
+    rows += [finding(site, f"exponent of n at k = {k}", tables, _exponent(coefficients, k)) for k in ks]
+    return rows, _curves(site, tables, ns, ks, fvu, "FVU")
+
+
+def _exponent(coefficients: Callable[[Sums], Tensor], k: int) -> Callable[[Sums], Tensor]:
+    return lambda s: coefficients(s)[:, 2] + coefficients(s)[:, 3] * math.log(k)
 
 
 def _curves(site: Site, tables: dict, ns: list[int], ks: list[int], number: Callable, what: str) -> Plot:
@@ -110,7 +109,7 @@ def _curves(site: Site, tables: dict, ns: list[int], ks: list[int], number: Call
         points = [finding(site, "", tables, number(f"{n} {k}")) for n in ns]
         ends = [[getattr(p, part) for p in points] for part in ("value", "low", "high")]
         series.append(Series(f"k = {k}", [float(n) for n in ns], *ends))
-    return Plot(f"{what} by n and k", "latents n", what, series, log_x=True, log_y=True)
+    return Plot(f"{what} by n and k, {site.words.replace('`', '')}", "latents n", what, series, log_x=True, log_y=True)
 
 
 @claim(
@@ -118,12 +117,19 @@ def _curves(site: Site, tables: dict, ns: list[int], ks: list[int], number: Call
     source="Gao et al. 2024, section 4.1",
     says="More latents, and more of them active, lower the loss of the model with the reconstruction in place.",
     shown="Averaged over the other, from each n to the next and from each k to the next KL and added loss fall.",
+    trains=arms(_grid, _grid_places),
 )
 def larger_is_better(lab: Lab) -> Outcome:
-    site = _site(lab)
-    if site is None:
-        return Outcome([], untestable=NO_MODEL)
-    grid = _grid(lab, site)
+    rows, plots = [], []
+    for site in _grid_places(lab):
+        found, plot = _larger(lab, site)
+        rows += found
+        plots.append(plot)
+    return Outcome(rows, plots) if rows else Outcome([], untestable=NO_MODEL)
+
+
+def _larger(lab: Lab, site: Site) -> tuple[list[Finding], Plot]:
+    grid = lab.train(_grid(lab, site))
     ns, ks = sorted({n for n, _ in grid}), sorted({k for _, k in grid})
     tables = {f"{n} {k}": lab.tables(saes, site) for (n, k), saes in grid.items()}
 
@@ -141,7 +147,7 @@ def larger_is_better(lab: Lab) -> Outcome:
         for by_n in (True, False):
             quantity = f"{name}, largest ratio from one {'n' if by_n else 'k'} to the next"
             rows.append(finding(site, quantity, tables, worst(number, by_n), below=1.0))
-    return Outcome(rows, [_curves(site, tables, ns, ks, kl, "KL, nats per token")])
+    return rows, _curves(site, tables, ns, ks, kl, "KL, nats per token")
 
 
 @claim(
@@ -149,6 +155,7 @@ def larger_is_better(lab: Lab) -> Outcome:
     source="Gao et al. 2024, section 4.1",
     says="The loss with the reconstruction in place equals that of a model trained with a share of the compute.",
     shown="The share of the model's own training whose loss is the spliced one, from its checkpoints.",
+    trains=nothing,
 )
 def compute_equivalent(lab: Lab) -> Outcome:
     return Outcome(

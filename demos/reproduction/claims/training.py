@@ -11,7 +11,8 @@ from reproduction.data import Data, Planted
 from reproduction.laboratory import Lab
 from reproduction.measure import fidelity
 from reproduction.outcome import Outcome, Plot, Series
-from reproduction.registry import claim
+from reproduction.registry import arms, claim, methods, nothing
+from reproduction.runner import Run
 from saehook.batches import InputFacts
 from saehook.sae_run import SAERun
 from saehook.suite.progressive_code import with_topk
@@ -26,32 +27,41 @@ CELLS = {
 }
 
 
+def _dead_places(lab: Lab) -> list[Data]:
+    return [*([Planted(offset=3.0)] if lab.planted else []), *lab.residual()]
+
+
+def _dead_cells(lab: Lab, data: Data) -> dict[str, list[Run]]:
+    size = {"d_sae": WIDTHS["planted" if isinstance(data, Planted) else data.lm.name], "tokens": _half(lab, data)}
+    return {
+        name: lab.runs(
+            data, "topk", untied=apart, **size, **({} if coefficient is None else {"auxk_coefficient": coefficient})
+        )
+        for name, (apart, coefficient) in CELLS.items()
+    }
+
+
+def _half(lab: Lab, data: Data) -> int:
+    """Tokens of the runs of a table."""
+    return lab.size(data).tokens // 2
+
+
+def _code_places(lab: Lab) -> list[Data]:
+    return [*lab.planted, *filter(lab.trained_here, lab.residual())]
+
+
 @claim(
     "dead-latents",
     source="Gao et al. 2024, section 2.4 and appendix A.2",
     says="An encoder that starts as the decoder's transpose, and AuxK, leave few latents dead; without them most die.",
     shown="The share of latents that fire on none of the held-out tokens is lower with either than without both, and with both no "
     "higher than with any one of them (to 1 point).",
+    trains=arms(_dead_cells, _dead_places),
 )
 def dead_latents(lab: Lab) -> Outcome:
-    places: list[Data] = [Planted(offset=3.0)] if lab.planted else []
-    places += [site for site in lab.residual() if site.lm.name == "stories"]
     rows, series = [], []
-    for data in places:
-        width = WIDTHS["planted" if isinstance(data, Planted) else data.lm.name]
-        saes = lab.train(
-            {
-                name: lab.runs(
-                    data,
-                    "topk",
-                    untied=apart,
-                    d_sae=width,
-                    tokens=lab.size(data).tokens // 2,
-                    **({} if coefficient is None else {"auxk_coefficient": coefficient}),
-                )
-                for name, (apart, coefficient) in CELLS.items()
-            }
-        )
+    for data in _dead_places(lab):
+        saes = lab.train(_dead_cells(lab, data))
         held = data.held_out()
         dead = {name: [fidelity(sae, held)[0].dead_share for sae in ones] for name, ones in saes.items()}
         tokens = int(held.mask.sum())
@@ -87,6 +97,7 @@ def dead_latents(lab: Lab) -> Outcome:
     source="Gao et al. 2024, appendix A.3; Bricken et al. 2023",
     says="Decoder rows are held at unit length through training.",
     shown="After each of 100 steps every row of a TopK has length 1 to 1e-5.",
+    trains=nothing,
 )
 def unit_rows(lab: Lab) -> Outcome:
     data = Planted()
@@ -109,10 +120,11 @@ def unit_rows(lab: Lab) -> Outcome:
     says="TopK overfits to its k: beyond it reconstruction gets worse. With a second loss at 4k (Multi-TopK) it goes on "
     "getting better.",
     shown="From k to 4k FVU of TopK rises; that of Multi-TopK falls, and it is below that of TopK at 4k.",
+    trains=methods("topk", "multitopk", on=_code_places),
 )
 def multi_topk(lab: Lab) -> Outcome:
     rows, plots = [], []
-    for data in [*lab.planted, *filter(lab.trained_here, lab.residual())]:
+    for data in _code_places(lab):
         k = lab.size(data).k
         ks = [k // 2, k, 2 * k, 4 * k, 8 * k]
         saes = lab.arms(data, "topk", "multitopk")
