@@ -37,6 +37,7 @@ from reproduction.registry import Claim, claims
 from reproduction.runner import work
 
 from saehook.config import count
+from saehook.errors import TrainingInterrupted
 from saehook.files import atomic_write
 
 
@@ -63,6 +64,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--stories-lm", type=Path, help="folder of stories260K")
     options.add_argument("--stories-text", type=Path, help="stories to train on")
     options.add_argument("--stories-held-out", type=Path, help="stories to measure on")
+    options.add_argument(
+        "--lm-checkpoints",
+        nargs="+",
+        default=[],
+        metavar="TOKENS=FOLDER",
+        help="earlier states of the bundled model, the last one itself",
+    )
     options.add_argument("--quiet", action="store_true", help="no progress bars")
     return options
 
@@ -92,6 +100,12 @@ def _machine() -> str:
 def lacks_accelerator(arguments: argparse.Namespace) -> bool:
     """Whether a full form was asked for and nothing was said that could run it."""
     return arguments.full and arguments.device is None and not torch.cuda.is_available()
+
+
+def checkpoints_of(given: Sequence[str]) -> tuple[tuple[float, Path], ...]:
+    """Tokens and folder of each."""
+    pairs = [each.partition("=") for each in given]
+    return tuple((float(count(tokens)), Path(folder)) for tokens, _, folder in pairs)
 
 
 NO_ACCELERATOR = (
@@ -133,7 +147,7 @@ def main(given: Sequence[str] | None = None) -> int:
         options.error("name a claim, or give --list, --all or --page.")
     lab = Lab(
         arguments.folder,
-        Places(arguments.novels, *stories),
+        Places(arguments.novels, *stories, checkpoints=checkpoints_of(arguments.lm_checkpoints)),
         full=arguments.full,
         seeds=arguments.seeds,
         progress=not arguments.quiet,
@@ -146,10 +160,14 @@ def main(given: Sequence[str] | None = None) -> int:
     runs = [run for name in names for run in known[name].trains(lab)]
     if lab.planning:
         options.error(f"the full form of {', '.join(names)} trains {work(runs)}. {NO_ACCELERATOR}")
-    lab.runner.saes(runs)
-    for name in names:
-        outcome = write(name, run(known[name], lab), results)
-        print(f"{name}: {outcome.verdict} ({outcome.runs[-1]['seconds']} s)", flush=True)
+    try:
+        lab.runner.saes(runs)
+        for name in names:
+            outcome = write(name, run(known[name], lab), results)
+            print(f"{name}: {outcome.verdict} ({outcome.runs[-1]['seconds']} s)", flush=True)
+    except TrainingInterrupted as stopped:
+        print(f"{stopped} The same command goes on.", file=sys.stderr)
+        return 1
     if arguments.page or (names and arguments.results == page.RESULTS):
         outcomes = page.stored(page.RESULTS)
         atomic_write(page.PAGE, page.page(known, outcomes, page.stored(page.RESULTS / "full")))

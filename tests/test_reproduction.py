@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import reproduce
 import torch
+from bundle import CHECKPOINTS, card
 from reproduction import page
 from reproduction.bootstrap import estimate
 from reproduction.data import CHUNK, WIDTH, LanguageModel, Places, Planted
@@ -35,14 +37,19 @@ from reproduction.registry import claims
 from reproduction.runner import Run, Runner
 from torch import Tensor
 
-from saehook import BatchTopK, TopK, TrainConfig
+from saehook import BatchTopK, TopK, TrainConfig, load_sae
 from saehook.errors import ArgumentError, TrainingInterrupted
+from saehook.eval_result import EvalResult
 
 NAMES = """
 topk-sets-l0 variable-l0 no-sweep threshold batch-independence topk-vs-relu downstream-gain batchtopk-vs-topk
 batchtopk-vs-jumprelu shrinkage ste lambda-controls-l0 bandwidth unit-norm dead-latents unit-rows multi-topk scaling-laws
 larger-is-better compute-equivalent ablation-sparsity probe-loss n2g attribution steering-window clamp-or-add zero-ablation
 surgical bf16 special-tokens
+""".split()
+NEED_A_MODEL = """
+downstream-gain scaling-laws larger-is-better compute-equivalent ablation-sparsity probe-loss n2g attribution steering-window
+clamp-or-add zero-ablation surgical bf16 special-tokens
 """.split()
 DATA = Planted(d_in=8, features=12, mean=2)
 CONFIG = TrainConfig(
@@ -276,7 +283,7 @@ def test_every_stored_number_belongs_to_a_claim_and_every_plot_is_there():
 def test_a_claim_without_numbers_says_so():
     text = page.page(claims(), {}, {})
     assert text.count("**not run yet**") == len(NAMES)
-    assert text.count("Full form: not run.") == len(NAMES) - 2  # two train nothing
+    assert text.count("Full form: not run.") == len(NAMES) - 1  # one trains nothing
 
 
 def test_data_that_were_not_asked_for_are_not_used(tmp_path):
@@ -321,6 +328,15 @@ def test_what_is_measured_on_longer_holds_what_is_measured_on():
     assert DATA.longer().held_out().x.shape[0] == 4 * DATA.held_out().x.shape[0]
 
 
+def test_the_cards_of_the_bundled_saes_name_their_run():
+    rows = {row.sae: row for row in EvalResult.from_json((CHECKPOINTS / "eval.json").read_text("utf-8")).results}
+    runs = {"sae": "layers.2.resid_post-topk32-4096-seed1", "sae-mlp": "layers.3.mlp_out"}
+    for name, run in runs.items():
+        text = (CHECKPOINTS / name / "README.md").read_text("utf-8")
+        assert text == card(name, load_sae(CHECKPOINTS / name), rows[name]), "run: python demos/bundle.py"
+        assert f"Run `{run}` of" in text
+
+
 @pytest.mark.slow
 def test_the_full_form_runs_whole_at_a_tiny_scale(tmp_path, capsys):
     command = ["topk-vs-relu", "multi-topk", "--full", "--device", "cpu", "--tokens", "10k", "--only", "planted"]
@@ -332,6 +348,21 @@ def test_the_full_form_runs_whole_at_a_tiny_scale(tmp_path, capsys):
     text = page.page(claims(), {}, outcomes)
     assert f"Full form: **{outcomes['multi-topk'].verdict}**" in text
     assert "2 SAEs on planted directions (96 in 32 dimensions, poisson counts, mean 4 per token), 10,000 tokens" in text
+
+
+@pytest.mark.slow
+def test_every_claim_runs_on_planted_data_in_a_tiny_form(tmp_path):
+    small = [name for name in NAMES if name != "shrinkage"]  # which solves for every token's activations, a minute
+    command = [*small, "--only", "planted", "--tokens", "8k", "--seeds", "1", "--quiet"]
+    command += ["--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert reproduce.main(command) == 0
+    outcomes = page.stored(tmp_path / "results")
+    assert list(outcomes) == sorted(small)
+    for name, outcome in outcomes.items():
+        assert bool(outcome.untestable) == (name in NEED_A_MODEL), name
+        assert bool(outcome.findings) == (name not in NEED_A_MODEL), name
+        assert all(math.isfinite(f.value) for f in outcome.findings if f.counts and name != "bandwidth"), name
+    assert page.page(claims(), outcomes, {}).count("**not run yet**") == 1
 
 
 @pytest.mark.slow

@@ -130,6 +130,8 @@ class Places:
     stories_lm: Path | None = None
     stories_text: Path | None = None
     stories_held_out: Path | None = None
+    checkpoints: tuple[tuple[float, Path], ...] = ()
+    """Of the bundled model's training: tokens and folder, the last one the model itself."""
 
 
 @dataclass(eq=False)
@@ -144,14 +146,23 @@ class LanguageModel:
     """Of the measured sequences, [sequences, SEQUENCE, vocabulary], once they were made."""
     times: int = 1
     """So many times `SEQUENCES` are measured on."""
+    device: str = "cpu"
+    """Where training activations are made."""
 
     @functools.cached_property
     def model(self) -> HookedModel:
-        """In float32, as both are small."""
-        if self.name == "bundled":
-            return HookedModel.from_pretrained(saehook.bundled("lm"))
-        assert self.places.stories_lm is not None
-        return HookedModel.from_pretrained(self.places.stories_lm)
+        """What is measured on, in float32 on the CPU, as both are small."""
+        return self._load("cpu")
+
+    def _load(self, device: str) -> HookedModel:
+        folder = saehook.bundled("lm") if self.name == "bundled" else self.places.stories_lm
+        assert folder is not None
+        return HookedModel.from_pretrained(folder, device=device, dtype=torch.float32)
+
+    @functools.cached_property
+    def _trained_on(self) -> HookedModel:
+        """What training activations come from."""
+        return self.model if self.device == "cpu" else self._load(self.device)
 
     @functools.cached_property
     def documents(self) -> list[Document]:
@@ -218,7 +229,7 @@ class LanguageModel:
 
     def chunks(self) -> Iterator[dict[str, Tensor]]:
         """All sites at once, from one pass of the model, kept on disk."""
-        return self._activations.chunks(lm_pass(self.model, list(self.sites), self._text))
+        return self._activations.chunks(lm_pass(self._trained_on, list(self.sites), self._text))
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:

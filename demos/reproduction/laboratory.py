@@ -87,9 +87,8 @@ class Lab:
         self.runner = Runner(folder, progress=progress, device=device)
         self.declared: set[str] = set()
         """Keys of the runs that the claim says it takes."""
-        lms = {"bundled": LanguageModel("bundled", (RESID, MLP), folder / "activations", places)}
-        if places.stories_lm is not None:
-            lms["stories"] = LanguageModel("stories", (RESID, MLP), folder / "activations", places)
+        names = ["bundled"] + (["stories"] if places.stories_lm is not None else [])
+        lms = {n: LanguageModel(n, (RESID, MLP), folder / "activations", places, device=device) for n in names}
         self.only = tuple(only)
         self.lms = {name: lm for name, lm in lms.items() if not only or name in {part.split("/")[0] for part in only}}
         self.given = (

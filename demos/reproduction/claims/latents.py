@@ -177,9 +177,8 @@ def n2g(lab: Lab) -> Outcome:
             ends = [[getattr(p, part) for p in points] for part in ("value", "low", "high")]
             series.append(Series(name, [float(k) for k in ks], *ends))
         plots.append(Plot(f"N2G by k, {site.words.replace('`', '')}", "k", "", series, log_x=True))
-    return Outcome(
-        rows, plots, ["12 random latents and 8 examples of each, for each k and seed; tested on other sequences."]
-    )
+    note = "12 random latents and 8 examples of each, for each k and seed; tested on other sequences."
+    return Outcome(rows, plots, [note]) if rows else Outcome([], untestable=NO_MODEL)
 
 
 @claim(

@@ -7,7 +7,7 @@ import torch
 from reproduction.bootstrap import Table
 from reproduction.claims.ratios import exact, finding, fvu, kl, l0, over, same_l0, seeds_finding, table_at
 from reproduction.data import Data, Site
-from reproduction.laboratory import Lab
+from reproduction.laboratory import RESID, Lab
 from reproduction.measure import fidelity, spliced
 from reproduction.outcome import Finding, Outcome, Plot, Series
 from reproduction.registry import arms, claim, methods
@@ -21,7 +21,7 @@ BATCH_SEQUENCES = 8
 def _by_k(lab: Lab, data: Data) -> dict[int, list[Run]]:
     """Half of k, k and twice that; k alone where it is much to train or given."""
     k = lab.size(data).k
-    few = isinstance(data, Site) and (data.site != lab.residual()[0].site or not lab.trained_here(data))
+    few = isinstance(data, Site) and (data.site != RESID or not lab.trained_here(data))
     return {k: lab.runs(data, "topk", k=k) for k in ([k] if few else [k // 2, k, 2 * k])}
 
 

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from reproduction.bootstrap import Sums
 from reproduction.claims.ratios import exact, finding, fvu, over, seeds_finding
-from reproduction.data import Data, Planted
+from reproduction.data import Data, HeldOut, Planted
 from reproduction.laboratory import Lab
 from reproduction.measure import fidelity
 from reproduction.outcome import Outcome, Plot, Series
 from reproduction.registry import arms, claim, methods, nothing
 from reproduction.runner import Run
+from saehook import SAE
 from saehook.batches import InputFacts
 from saehook.sae_run import SAERun
 from saehook.suite.progressive_code import with_topk
@@ -64,6 +65,9 @@ def dead_latents(lab: Lab) -> Outcome:
         saes = lab.train(_dead_cells(lab, data))
         held = data.held_out()
         dead = {name: [fidelity(sae, held)[0].dead_share for sae in ones] for name, ones in saes.items()}
+        lengths = {
+            name: [_relative_length(sae, held) for sae in saes[name]] for name in ("tied, AuxK", "tied, no AuxK")
+        }
         tokens = int(held.mask.sum())
         for name, shares in dead.items():
             rows.append(seeds_finding(data, f"dead on {tokens:,} tokens, {name}", shares))
@@ -74,6 +78,8 @@ def dead_latents(lab: Lab) -> Outcome:
         for name in list(CELLS)[1:3]:
             gaps = [a - b for a, b in zip(both, dead[name], strict=True)]
             rows.append(seeds_finding(data, f"dead: both, less {name}", gaps, below=0.01))
+        for name, values in lengths.items():
+            rows.append(seeds_finding(data, f"length of encoder columns, dead / firing latents, {name}", values))
         means = [sum(shares) / len(shares) for shares in dead.values()]
         series.append(
             Series(
@@ -90,6 +96,16 @@ def dead_latents(lab: Lab) -> Outcome:
         "Untied: both matrices are drawn apart, with unit rows; b_dec begins at the mean.",
     ]
     return Outcome(rows, [plot], notes)
+
+
+@torch.no_grad()
+def _relative_length(sae: SAE, held: HeldOut) -> float:
+    """Median length of the encoder's columns of latents that fire on no token, over that of the others; NaN where none is dead."""
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    for x in held.x[held.mask].split(2048):
+        fired |= (sae.encode(x) > 0).any(0)
+    length = torch.linalg.vector_norm(sae.W_enc, dim=0)
+    return float(length[~fired].median() / length[fired].median())
 
 
 @claim(
