@@ -176,7 +176,7 @@ def main(given: Sequence[str] | None = None) -> int:
             return 0
         for name, outcome in outcomes.items():
             if outcome.plots and (name in names or arguments.page):
-                draw(outcome.plots, page.PLOTS / f"{name}.svg")
+                draw(outcome, page.PLOTS / f"{name}.svg")
     return 0
 
 

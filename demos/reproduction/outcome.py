@@ -84,8 +84,8 @@ class Plot:
     series: list[Series]
     log_x: bool = False
     log_y: bool = False
-    ticks: list[str] = field(default_factory=list)
-    """Names of the places 0, 1, 2, ... on the x axis; empty where x is a number."""
+    quantities: list[str] = field(default_factory=list)
+    """Of the findings, side by side for all data, in place of series of its own."""
 
 
 @dataclass(frozen=True)
@@ -142,22 +142,10 @@ def _place(finding: Finding) -> int:
 
 
 def _joined_plots(old: Plot, new: Plot) -> Plot:
-    """Curves of the new one stand for those of the same name; on named places points do."""
-    if not new.ticks:
-        curves = {series.label: series for series in (*old.series, *new.series)}
-        return dataclasses.replace(new, series=list(curves.values()))
-    ticks = list(dict.fromkeys([*old.ticks, *new.ticks]))
-    points: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for plot in (old, new):
-        for series in plot.series:
-            for x, *point in zip(series.x, series.y, series.low, series.high, strict=True):
-                points.setdefault(series.label, {})[plot.ticks[round(x)]] = (point[0], point[1], point[2])
-    curves = []
-    for label, by_tick in points.items():
-        places = sorted(by_tick, key=ticks.index)
-        y, low, high = ([by_tick[tick][i] for tick in places] for i in range(3))
-        curves.append(Series(label, [float(ticks.index(tick)) for tick in places], y, low, high))
-    return dataclasses.replace(new, series=curves, ticks=ticks)
+    """Curves of the new one stand for those of the same name."""
+    curves = {series.label: series for series in (*old.series, *new.series)}
+    quantities = list(dict.fromkeys([*old.quantities, *new.quantities]))
+    return dataclasses.replace(new, series=list(curves.values()), quantities=quantities)
 
 
 def verdict(findings: Sequence[Finding], untestable: str = "") -> str:

@@ -98,6 +98,8 @@ def _section(claim: Claim, outcome: Outcome | None) -> str:
     if outcome.plots:
         lines += [f"![{outcome.plots[0].title}](reproduction/plots/{claim.name}.svg)", ""]
     lines += [*(f"{note}\n" for note in outcome.notes)]
+    if claim.remark:
+        lines += [f"Seen afterwards: {claim.remark}", ""]
     lines += [f"Run: `{command}`, {_runs(outcome.runs)}", ""]
     return "\n".join(lines)
 

@@ -30,6 +30,8 @@ class Claim:
     trains: Trains
     """The SAEs that it takes, in the form and on the data of the laboratory."""
     measure: Measure
+    remark: str = ""
+    """What we make of the numbers, written after they were seen."""
 
 
 MODULES = ("sparsity", "methods", "jumprelu", "training", "scaling", "latents", "steering", "inference")
@@ -37,11 +39,13 @@ MODULES = ("sparsity", "methods", "jumprelu", "training", "scaling", "latents", 
 CLAIMS: dict[str, Claim] = {}
 
 
-def claim(name: str, *, source: str, says: str, shown: str, trains: Trains) -> Callable[[Measure], Measure]:
+def claim(
+    name: str, *, source: str, says: str, shown: str, trains: Trains, remark: str = ""
+) -> Callable[[Measure], Measure]:
     """Enter a function as the measurement of a claim."""
 
     def enter(measure: Measure) -> Measure:
-        CLAIMS[name] = Claim(name, source, says, shown, trains, measure)
+        CLAIMS[name] = Claim(name, source, says, shown, trains, measure, remark)
         return measure
 
     return enter

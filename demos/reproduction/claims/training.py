@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from reproduction.bootstrap import Sums
-from reproduction.claims.ratios import exact, finding, fvu, over, seeds_finding
-from reproduction.data import Data, HeldOut, Planted
+from reproduction.claims.ratios import bars, exact, finding, fvu, over, seeds_finding
+from reproduction.data import SEQUENCE, SEQUENCES, Data, HeldOut, Planted
 from reproduction.laboratory import Lab
 from reproduction.measure import fidelity
 from reproduction.outcome import Outcome, Plot, Series
@@ -60,7 +60,7 @@ def _code_places(lab: Lab) -> list[Data]:
     trains=arms(_dead_cells, _dead_places),
 )
 def dead_latents(lab: Lab) -> Outcome:
-    rows, series = [], []
+    rows = []
     for data in _dead_places(lab):
         saes = lab.train(_dead_cells(lab, data))
         held = data.held_out()
@@ -68,9 +68,8 @@ def dead_latents(lab: Lab) -> Outcome:
         lengths = {
             name: [_relative_length(sae, held) for sae in saes[name]] for name in ("tied, AuxK", "tied, no AuxK")
         }
-        tokens = int(held.mask.sum())
         for name, shares in dead.items():
-            rows.append(seeds_finding(data, f"dead on {tokens:,} tokens, {name}", shares))
+            rows.append(seeds_finding(data, f"dead, {name}", shares))
         both, neither = dead["tied, AuxK"], dead["untied, no AuxK"]
         for name in list(CELLS)[:3]:
             gaps = [a - b for a, b in zip(dead[name], neither, strict=True)]
@@ -80,19 +79,12 @@ def dead_latents(lab: Lab) -> Outcome:
             rows.append(seeds_finding(data, f"dead: both, less {name}", gaps, below=0.01))
         for name, values in lengths.items():
             rows.append(seeds_finding(data, f"length of encoder columns, dead / firing latents, {name}", values))
-        means = [sum(shares) / len(shares) for shares in dead.values()]
-        series.append(
-            Series(
-                data.words,
-                [0.0, 1.0, 2.0, 3.0],
-                means,
-                [min(v) for v in dead.values()],
-                [max(v) for v in dead.values()],
-            )
-        )
-    plot = Plot("Latents that never fire on held-out tokens", "", "share", series, ticks=list(CELLS))
+    shares = [row for row in rows if row.quantity in {f"dead, {name}" for name in CELLS}]
+    plot = bars("Latents that never fire on held-out tokens", "share", shares)
     notes = [
-        "Dead in training, for AuxK: silent for 4 % of the training tokens. The planted data here have a large offset.",
+        f"Dead: fires on none of the {SEQUENCES['planted'] * SEQUENCE:,} held-out tokens ({SEQUENCES['bundled'] * SEQUENCE:,} of "
+        "the bundled model). Dead in training, for AuxK: silent for 4 % of the training tokens. The planted data here have a large "
+        "offset.",
         "Untied: both matrices are drawn apart, with unit rows; b_dec begins at the mean.",
     ]
     return Outcome(rows, [plot], notes)
