@@ -81,10 +81,13 @@ def _overview(claims: Mapping[str, Claim], outcomes: Mapping[str, Outcome]) -> s
 
 
 def _places(outcome: Outcome) -> str:
-    """Which kinds of data the verdict rests on."""
-    words = " ".join(finding.data for finding in counted_findings(outcome.findings))
-    kinds = {"planted": "planted", "bundled model": "bundled model", "stories260K": "stories260K"}
-    return ", ".join(short for part, short in kinds.items() if part in words)
+    """Which kinds of data the verdict rests on, and at how many sites of a model."""
+    data = {finding.data.removesuffix(", held-out") for finding in counted_findings(outcome.findings)}
+    found = []
+    for kind in ("planted", "bundled model", "stories260K"):
+        if n := sum(kind in words for words in data):
+            found.append(kind if n == 1 or kind == "planted" else f"{kind} ({n} sites)")
+    return ", ".join(found)
 
 
 def _section(claim: Claim, outcome: Outcome | None) -> str:

@@ -26,6 +26,7 @@ ROWS = 16
 """Sequences whose latents are ablated one by one."""
 TOKENS = 8
 """Tokens at which latents are ablated, for each seed."""
+N2G_LATENTS = 96
 EXAMPLES = 160
 """Of a probe task."""
 RANDOM = 64
@@ -158,7 +159,7 @@ def n2g(lab: Lab) -> Outcome:
                 hooked = site.lm.model.attach({site.site: sae})
                 try:
                     measures = explanations(
-                        hooked, sample(sae, site), held.ids, n_latents=12, examples=8, seed=seed
+                        hooked, sample(sae, site), held.ids, n_latents=N2G_LATENTS, examples=8, seed=seed
                     ).measures
                 finally:
                     hooked.detach()
@@ -177,7 +178,10 @@ def n2g(lab: Lab) -> Outcome:
             ends = [[getattr(p, part) for p in points] for part in ("value", "low", "high")]
             series.append(Series(name, [float(k) for k in ks], *ends))
         plots.append(Plot(f"N2G by k, {site.words.replace('`', '')}", "k", "", series, log_x=True))
-    note = "12 random latents and 8 examples of each, for each k and seed; tested on other sequences."
+    note = (
+        f"{N2G_LATENTS} random latents and 8 examples of each, for each k and seed; tested on other sequences. 12 latents at "
+        "first, which decided nothing."
+    )
     return Outcome(rows, plots, [note]) if rows else Outcome([], untestable=NO_MODEL)
 
 
