@@ -250,7 +250,7 @@ def test_numbers_on_other_data_stay_and_those_on_the_same_are_replaced():
     assert [(f.data, f.value) for f in again.findings] == [(planted, 0.5), (site, 0.75)]
     assert again.verdict == REPRODUCED
     assert [run["seconds"] for run in again.runs] == [2, 3]
-    assert again.notes == ["note 1", "note 2", "note 3"]
+    assert again.notes == ["note 3"]
     nothing = Outcome([], untestable="no model")
     assert joined(both, nothing) == both
     assert joined(nothing, both).verdict == NOT_REPRODUCED

@@ -132,8 +132,7 @@ def joined(old: Outcome, new: Outcome) -> Outcome:
         left = {data: facts for data, facts in run["trained"].items() if data not in again}
         if left:
             runs.append(run | {"trained": left})
-    notes = list(dict.fromkeys([*old.notes, *new.notes]))
-    return Outcome(findings, list(plots.values()), notes, new.untestable, runs + new.runs)
+    return Outcome(findings, list(plots.values()), new.notes, new.untestable, runs + new.runs)
 
 
 def _place(finding: Finding) -> int:

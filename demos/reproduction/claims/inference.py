@@ -119,6 +119,8 @@ def bf16(lab: Lab) -> Outcome:
     shown="The squared error of BOS, relative to its square, is more than twice that of other tokens; FVU with BOS differs by more "
     "than 10 % from FVU without.",
     trains=methods("topk", on=lambda lab: lab.sites),
+    remark="BOS is special where its norm is above that of other tokens, in the residual stream. At MLP outputs it is below, and "
+    "there little changes.",
 )
 def special_tokens(lab: Lab) -> Outcome:
     rows = []

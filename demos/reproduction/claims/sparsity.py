@@ -142,9 +142,8 @@ def threshold(lab: Lab) -> Outcome:
         rows,
         notes=[
             "θ of the first row is the running mean of training, before calibration; L0 is that on fresh tokens of the training "
-            "text. It is an average over about the last 1,000 steps, and lags behind where activations still change: the "
-            "third row takes the mean over batches of the finished SAE in its place. For the other rows θ is set to L0 = k on the "
-            "same tokens, as the batch rule has it by definition."
+            "text. It is an average over about the last 1,000 steps; “finished SAE” takes the mean over held-out batches in its "
+            "place. For the other rows θ is set to L0 = k on the same tokens, as the batch rule has it by definition."
         ],
     )
 
