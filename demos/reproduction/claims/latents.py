@@ -27,8 +27,8 @@ ROWS = 16
 TOKENS = 8
 """Tokens at which latents are ablated, for each seed."""
 N2G_LATENTS = 96
-EXAMPLES = 160
-"""Of a probe task."""
+EXAMPLES = 800
+"""Of a probe task, at most."""
 RANDOM = 64
 """Random directions that are taken off instead."""
 
@@ -96,7 +96,7 @@ def _random_directions(site: Site, sae: SAE) -> tuple[float, float, float]:
     length = float(lengths[lengths > 0].mean())
     scores = []
     for i in range(8):
-        ids, t = held.ids[i * 7, : 32 + HORIZON], 32
+        ids, t = held.ids[i * len(held.ids) // 8, : 32 + HORIZON], 32
         vectors = torch.randn(RANDOM // 8, held.x.shape[-1], generator=generator)
         vectors = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True) * length
         rows = torch.arange(1, len(vectors) + 1)
@@ -134,9 +134,11 @@ def probes(lab: Lab) -> Outcome:
     rows = [measured(site, measures, f"{name}, nats") for name, measures in found.items()]
     ratios = [a.value / b.value for a, b in zip(found["probe_loss"], found["probe_loss_coordinates"], strict=True)]
     rows.append(seeds_finding(site, "probe loss, latents / coordinates", ratios, below=1.0))
-    return Outcome(
-        rows, notes=[f"{len(tasks)} tasks whose answers are certain: {', '.join(task.name for task in tasks)}."]
+    note = (
+        f"{len(tasks)} tasks whose answers are certain, of up to {EXAMPLES} examples; 160 at first, of which probes learnt too "
+        f"little to tell more than the frequency: {', '.join(task.name for task in tasks)}."
     )
+    return Outcome(rows, notes=[note])
 
 
 @claim(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,9 +67,7 @@ def dead_latents(lab: Lab) -> Outcome:
         saes = lab.train(_dead_cells(lab, data))
         held = data.held_out()
         dead = {name: [fidelity(sae, held)[0].dead_share for sae in ones] for name, ones in saes.items()}
-        lengths = {
-            name: [_relative_length(sae, held) for sae in saes[name]] for name in ("tied, AuxK", "tied, no AuxK")
-        }
+        reaches = {name: [_reach(sae, held) for sae in ones] for name, ones in saes.items()}
         for name, shares in dead.items():
             rows.append(seeds_finding(data, f"dead, {name}", shares))
         both, neither = dead["tied, AuxK"], dead["untied, no AuxK"]
@@ -77,8 +77,10 @@ def dead_latents(lab: Lab) -> Outcome:
         for name in list(CELLS)[1:3]:
             gaps = [a - b for a, b in zip(both, dead[name], strict=True)]
             rows.append(seeds_finding(data, f"dead: both, less {name}", gaps, below=0.01))
-        for name, values in lengths.items():
-            rows.append(seeds_finding(data, f"length of encoder columns, dead / firing latents, {name}", values))
+        for name, values in reaches.items():
+            rows.append(
+                seeds_finding(data, f"largest pre-activation of a dead latent / smallest activation, {name}", values)
+            )
     shares = [row for row in rows if row.quantity in {f"dead, {name}" for name in CELLS}]
     plot = bars("Latents that never fire on held-out tokens", "share", shares)
     notes = [
@@ -91,13 +93,19 @@ def dead_latents(lab: Lab) -> Outcome:
 
 
 @torch.no_grad()
-def _relative_length(sae: SAE, held: HeldOut) -> float:
-    """Median length of the encoder's columns of latents that fire on no token, over that of the others; NaN where none is dead."""
+def _reach(sae: SAE, held: HeldOut) -> float:
+    """The largest pre-activation that a latent has which fires on no token, over the mean of the smallest activation of each
+    token: the median of those latents, NaN where there is none. Below 1 however near."""
+    x = held.x[held.mask]
     fired = torch.zeros(sae.d_sae, dtype=torch.bool)
-    for x in held.x[held.mask].split(2048):
-        fired |= (sae.encode(x) > 0).any(0)
-    length = torch.linalg.vector_norm(sae.W_enc, dim=0)
-    return float(length[~fired].median() / length[fired].median())
+    largest, smallest = torch.full((sae.d_sae,), -math.inf), []
+    for part in x.split(2048):
+        acts = sae.encode(part)
+        fired |= (acts > 0).any(0)
+        largest = torch.maximum(largest, sae.pre_acts(part).amax(0))
+        smallest.append(torch.where(acts > 0, acts, math.inf).amin(1))
+    least = torch.cat(smallest)
+    return float(largest[~fired].median() / least[least.isfinite()].mean())
 
 
 @claim(
