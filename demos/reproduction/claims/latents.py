@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from reproduction.claims.ratios import exact, measured, seeds_finding
+from reproduction.bootstrap import Sums, Table
+from reproduction.claims.ratios import exact, finding, measured, over, seeds_finding
 from reproduction.data import Site
 from reproduction.laboratory import Lab
 from reproduction.measure import sample
-from reproduction.outcome import Finding, Outcome, Plot, Series
+from reproduction.outcome import Outcome, Plot, Series
 from reproduction.registry import arms, claim, methods
 from reproduction.runner import Run
 from saehook import SAE, corpus
-from saehook.suite.ablation_sparsity import HORIZON, ablation_sparsity, effect_sparsity
+from saehook.suite.ablation_sparsity import HORIZON, _ablations, _scores, effect_sparsity
 from saehook.suite.attribution_accuracy import attribution_accuracy
 from saehook.suite.explanations import explanations
 from saehook.suite.probe_loss import probe_loss, read_examples
 from saehook.suite.probe_tasks import make_tasks
-from saehook.suite.sample import AddAction
 
 NO_MODEL = "There is no language model among the data."
 ROWS = 16
 """Sequences whose latents are ablated one by one."""
-TOKENS = 8
+TOKENS = 24
 """Tokens at which latents are ablated, for each seed."""
+KINDS = ("latents", "coordinates", "random directions")
 N2G_LATENTS = 96
 EXAMPLES = 800
 """Of a probe task, at most."""
-RANDOM = 64
-"""Random directions that are taken off instead."""
 
 
 def _python(lab: Lab) -> list[Site]:
@@ -56,56 +58,47 @@ def sparse_effects(lab: Lab) -> Outcome:
     rows = [exact("Gaussian noise", "sparsity", noise, above=2 / math.pi - 0.01, below=2 / math.pi + 0.01)]
     for site in lab.residual():
         saes = lab.arms(site, "topk")["topk"]
-        held = site.held_out()
-        assert held.ids is not None
-        found: dict[str, list] = {"latents": [], "coordinates": []}
-        for seed, sae in zip(lab.seeds, saes, strict=True):
-            hooked = site.lm.model.attach({site.site: sae})
-            try:
-                pair = ablation_sparsity(hooked, sample(sae, site), held.ids, n_tokens=TOKENS, seed=seed)
-            finally:
-                hooked.detach()
-            for name, measure in zip(found, pair, strict=True):
-                found[name].append(measure)
-        rows += [measured(site, measures, f"sparsity, {name}") for name, measures in found.items()]
-        others = _random_directions(site, saes[0])
-        rows.append(Finding(site.words, "sparsity, random directions", *others))
-        for name, values in (
-            ("coordinates", [m.value for m in found["coordinates"]]),
-            ("random directions", [others[0]] * len(saes)),
-        ):
-            ratios = [a.value / b for a, b in zip(found["latents"], values, strict=True)]
-            rows.append(seeds_finding(site, f"latents / {name}", ratios, below=1.0))
+        tables = {"all": [_effects(site, sae, seed) for seed, sae in zip(lab.seeds, saes, strict=True)]}
+
+        def mean(kind: str) -> Callable[[Sums], Tensor]:
+            return lambda s: s["all"][kind] / s["all"][f"n {kind}"]
+
+        rows += [finding(site, f"sparsity, {kind}", tables, mean(kind)) for kind in KINDS]
+        for kind in KINDS[1:]:
+            rows.append(finding(site, f"latents / {kind}", tables, over(mean("latents"), mean(kind)), below=1.0))
     if len(rows) == 1:
         return Outcome([], untestable=NO_MODEL)
     notes = [
-        f"At {TOKENS} random tokens for each seed; T = {HORIZON}. Latents over coordinates, and over random directions: from seed "
-        "to seed."
+        f"At {TOKENS} random tokens for each seed; T = {HORIZON}. Latents, coordinates and random directions as long as the "
+        "latents' contributions are taken off at the same tokens, and drawn again are tokens and seeds. At first random directions "
+        "were taken off at 8 tokens of their own, and their interval was over directions: another 8 tokens turned the result "
+        "round, so that was mended."
     ]
     return Outcome(rows, notes=notes)
 
 
 @torch.no_grad()
-def _random_directions(site: Site, sae: SAE) -> tuple[float, float, float]:
-    """Mean sparsity of taking off random directions as long as an active latent's contribution, and its 95 % interval over
-    directions."""
+def _effects(site: Site, sae: SAE, seed: int) -> Table:
+    """By kind, sums of the sparsity of what is taken off at a token, and how much of it has an effect; [tokens] each."""
     held = site.held_out()
     assert held.ids is not None
-    generator = torch.Generator().manual_seed(0)
-    lengths = sae.encode(held.x[held.mask][:256])
-    length = float(lengths[lengths > 0].mean())
-    scores = []
-    for i in range(8):
-        ids, t = held.ids[i * len(held.ids) // 8, : 32 + HORIZON], 32
-        vectors = torch.randn(RANDOM // 8, held.x.shape[-1], generator=generator)
-        vectors = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True) * length
-        rows = torch.arange(1, len(vectors) + 1)
-        add = AddAction(rows, torch.full_like(rows, t), vectors)
-        logits = site.lm.model.run(ids.expand(len(vectors) + 1, -1), {site.site: add}).logits[:, t:].float()
-        scores.append(effect_sparsity(logits[1:] - logits[:1]))
-    values = torch.cat(scores)
-    mean, error = float(values.mean()), 1.96 * float(values.std() / math.sqrt(len(values)))
-    return mean, mean - error, mean + error
+    taken = sample(sae, site)
+    generator = torch.Generator().manual_seed(seed)
+    fits = (taken.column + HORIZON <= held.ids.shape[1]).nonzero()[:, 0]
+    hooked = site.lm.model.attach({site.site: sae})
+    found: dict[str, list[float]] = {f"{n}{kind}": [] for n in ("", "n ") for kind in KINDS}
+    try:
+        for i in fits[torch.randperm(len(fits), generator=generator)[:TOKENS]].tolist():
+            vectors = _ablations(taken, i, generator)
+            anywhere = F.normalize(torch.randn(vectors["latents"].shape, generator=generator), dim=-1)
+            vectors["random directions"] = anywhere * torch.linalg.vector_norm(vectors["latents"], dim=-1, keepdim=True)
+            for kind in KINDS:
+                scores = _scores(hooked, taken, held.ids[taken.row[i]], int(taken.column[i]), vectors[kind])
+                found[kind].append(float(scores.nansum()))
+                found[f"n {kind}"].append(float((~scores.isnan()).sum()))
+    finally:
+        hooked.detach()
+    return {name: torch.tensor(values).double() for name, values in found.items()}
 
 
 @claim(
