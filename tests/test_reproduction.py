@@ -364,6 +364,29 @@ def test_every_claim_runs_on_planted_data_in_a_tiny_form(tmp_path):
 
 
 @pytest.mark.slow
+def test_claims_run_on_the_bundled_model_in_a_tiny_form(tmp_path):
+    names = "downstream-gain special-tokens ste surgical topk-vs-relu zero-ablation".split()
+    command = [
+        *names,
+        "--only",
+        "bundled/layers.3.mlp_out",
+        "bundled/layers.2.resid_post",
+        "--tokens",
+        "8k",
+        "--seeds",
+        "1",
+    ]
+    command += ["--quiet", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert reproduce.main(command) == 0
+    outcomes = page.stored(tmp_path / "results")
+    assert list(outcomes) == names
+    for name, outcome in outcomes.items():
+        assert "layers.2.resid_post" in outcome.findings[-1].data or "layers.3.mlp_out" in outcome.findings[-1].data
+        assert all(math.isfinite(f.value) for f in outcome.findings), name
+    assert outcomes["surgical"].verdict == REPRODUCED  # holds for any SAE
+
+
+@pytest.mark.slow
 def test_two_claims_run_whole_on_planted_data(tmp_path, capsys):
     command = ["multi-topk", "topk-vs-relu", "--only", "planted", "--seeds", "2", "--quiet"]
     command += ["--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]

@@ -25,8 +25,8 @@ from saehook.suite.probe_loss import probe_loss, read_examples
 from saehook.suite.probe_tasks import make_tasks
 
 NO_MODEL = "There is no language model among the data."
-ROWS = 16
-"""Sequences whose latents are ablated one by one."""
+ROWS = {"stories": 64, "bundled": 16}
+"""Sequences whose latents are ablated one by one; fewer of the largest model."""
 TOKENS = 24
 """Tokens at which latents are ablated, for each seed."""
 KINDS = ("latents", "coordinates", "random directions")
@@ -197,11 +197,14 @@ def attribution(lab: Lab) -> Outcome:
         for sae in lab.arms(site, "topk")["topk"]:
             hooked = site.lm.model.attach({site.site: sae})
             try:
-                for measure in attribution_accuracy(hooked, held.ids, n_rows=ROWS)[site.site]:
+                for measure in attribution_accuracy(hooked, held.ids, n_rows=ROWS[site.lm.name])[site.site]:
                     found.setdefault(measure.name, []).append(measure)
             finally:
                 hooked.detach()
         for name, measures in found.items():
             rows.append(measured(site, measures, name, above=0.9 if "pearson" in name else 0.8))
-    note = f"Effects on the log-probability of the true next token, on {ROWS} sequences; 4 at first, which decided nothing."
+    note = (
+        f"Effects on the log-probability of the true next token, on {ROWS['stories']} sequences ({ROWS['bundled']} of the bundled "
+        "model); 4 at first, which decided nothing."
+    )
     return Outcome(rows, notes=[note]) if rows else Outcome([], untestable=NO_MODEL)
