@@ -318,7 +318,7 @@ def test_a_claim_trains_only_what_it_declares(tmp_path):
 
 def test_what_is_measured_on_longer_holds_what_is_measured_on():
     lm = LanguageModel("bundled", (RESID, MLP), Path())
-    short, long = (model.held_out_ids.tolist() for model in (lm, lm.longer))
+    short, long = (model.held_out_ids.tolist() for model in (lm, lm.longer(4)))
     assert (len(short), len(long)) == (32, 128)
     assert all(row in long for row in short)
     assert {site.width for name in (RESID, MLP) for site in lm.model.sites(name)} == {WIDTH["bundled"]}

@@ -117,9 +117,9 @@ class Planted:
         """What is measured on."""
         return self._held
 
-    def longer(self) -> Planted:
-        """With `LONGER` times as much to measure on."""
-        return replace(self, times=LONGER)
+    def longer(self, times: int = LONGER) -> Planted:
+        """With so many times as much to measure on."""
+        return replace(self, times=times)
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ class LanguageModel:
     """So many times `SEQUENCES` are measured on."""
     device: str = "cpu"
     """Where training activations are made."""
+    _longer: dict[int, LanguageModel] = field(default_factory=dict)
 
     @functools.cached_property
     def model(self) -> HookedModel:
@@ -192,12 +193,12 @@ class LanguageModel:
         measured = spread[places % 3 > 0]
         return measured[:: len(measured) // (self.times * SEQUENCES[self.name])]
 
-    @functools.cached_property
-    def longer(self) -> LanguageModel:
-        """The same with `LONGER` times as much to measure on."""
-        other = LanguageModel(self.name, self.sites, self.cache, self.places, times=LONGER)
-        other.__dict__["model"] = self.model
-        return other
+    def longer(self, times: int) -> LanguageModel:
+        """The same with so many times as much to measure on."""
+        if times not in self._longer:
+            self._longer[times] = LanguageModel(self.name, self.sites, self.cache, self.places, times=times)
+            self._longer[times].__dict__["model"] = self.model
+        return self._longer[times]
 
     @functools.cached_property
     def text_sha256(self) -> str:
@@ -283,9 +284,9 @@ class Site:
         """What is measured on."""
         return self.lm.held(self.site)
 
-    def longer(self) -> Site:
-        """With `LONGER` times as much to measure on."""
-        return Site(self.lm.longer, self.site)
+    def longer(self, times: int = LONGER) -> Site:
+        """With so many times as much to measure on."""
+        return Site(self.lm.longer(times), self.site)
 
 
 Data = Planted | Site
