@@ -71,18 +71,19 @@ def _overview(claims: Mapping[str, Claim], outcomes: Mapping[str, Outcome]) -> s
         "",
         ", ".join(f"{n} {v}" for v, n in counts if n) + ".",
         "",
-        "| claim | verdict | measured on |",
-        "|---|---|---|",
+        "| claim | verdict | findings that hold | measured on |",
+        "|---|---|---|---|",
     ]
     for name, claim in claims.items():
-        places = _places(outcomes[name]) if name in outcomes else ""
-        lines.append(f"| [{name}](#{name}): {claim.says} | {verdicts[name]} | {places} |")
+        counted = counted_findings(outcomes[name].findings) if name in outcomes else []
+        hold = f"{sum(finding.state == 'holds' for finding in counted)} of {len(counted)}" if counted else ""
+        lines.append(f"| [{name}](#{name}): {claim.says} | {verdicts[name]} | {hold} | {_places(counted)} |")
     return "\n".join(lines) + "\n"
 
 
-def _places(outcome: Outcome) -> str:
+def _places(counted: Sequence[Finding]) -> str:
     """Which kinds of data the verdict rests on, and at how many sites of a model."""
-    data = {finding.data.removesuffix(", held-out") for finding in counted_findings(outcome.findings)}
+    data = {finding.data.removesuffix(", held-out") for finding in counted}
     found = []
     for kind in ("planted", "bundled model", "stories260K"):
         if n := sum(kind in words for words in data):
