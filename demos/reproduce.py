@@ -8,7 +8,8 @@
 Each claim runs in minutes on a CPU; --full is the form for an accelerator, and says what it takes where there is none. Every claim
 declares its SAEs: those of all claims that are asked for are trained first, on one pass of each model. Finished SAEs are kept in
 --folder by a hash of all that decides them, and shared by the claims; stopped by Ctrl-C or a signal, the same command goes on.
---novels adds novels to the bundled model's training text; stories260K, a second model, is used where it is given. Numbers go to
+--novels adds novels to the bundled model's training text; stories260K, a second model, and earlier states of the bundled one
+(--lm-checkpoints) are used where they are given. Numbers go to
 demos/reproduction/results and replace those that were measured on the same data; plots (`pip install -e '.[plots]'`) beside them.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,7 +123,7 @@ def joined(old: Outcome, new: Outcome) -> Outcome:
     """The new one, with what the old one found on other data; of data that were measured again only the new is left."""
     if not new.findings:
         return old if old.findings else new
-    again = {finding.data for finding in new.findings}
+    again = {finding.data for finding in new.findings} | {data for run in new.runs for data in run["trained"]}
     findings = sorted([f for f in old.findings if f.data not in again] + new.findings, key=_place)
     plots = {plot.title: plot for plot in old.plots}
     for plot in new.plots:
@@ -165,18 +166,32 @@ def counted_findings(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def why(outcome: Outcome) -> str:
-    """The verdict's reason, in one sentence."""
+    """The verdict's reason, in a few words."""
     if outcome.untestable:
         return outcome.untestable
     counted = counted_findings(outcome.findings)
     spoilt = sorted({f.data for f in outcome.findings if f.condition and f.state != "holds"})
     parts = [f"{sum(f.state == 'holds' for f in counted)} of {len(counted)} findings hold"]
     for state in ("fails", "open"):
-        if names := [f"{f.quantity} ({f.data})" for f in counted if f.state == state]:
-            parts.append(f"{state}: {'; '.join(names)}")
+        places: dict[str, list[str]] = {}
+        for f in counted:
+            if f.state == state:
+                places.setdefault(f.quantity, []).append(short(f.data))
+        if places:
+            said = [f"{quantity} ({' | '.join(data)})" for quantity, data in places.items()]
+            parts.append(f"{state}: {'; '.join(said)}")
     if spoilt:
         parts.append(f"not counted, since a condition does not hold: {', '.join(spoilt)}")
     return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
+
+
+def short(data: str) -> str:
+    """`planted, 64 dim., poisson`; sites by their model."""
+    if planted := re.match(r"planted directions \(\d+ in (\d+) dimensions, (\w+) counts", data):
+        return f"planted, {planted[1]} dim., {planted[2]}"
+    return (
+        data.replace("`", "").replace(" of the bundled model", ", bundled").replace(" of stories260K", ", stories260K")
+    )
 
 
 def _plain(value: Any) -> Any:

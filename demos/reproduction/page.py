@@ -120,19 +120,16 @@ def _row(f: Finding) -> str:
 
 
 def _runs(runs: Sequence[Mapping[str, Any]]) -> str:
-    """When, where and on what."""
-    lines = []
+    """When, where and on what; those of one day together."""
+    by_day: dict[str, list[str]] = {}
     for run in runs:
-        lines.append(f"{run['date']}, {run['machine']}:")
-        trained = []
+        trained = by_day.setdefault(f"{run['date']}, {run['machine']}", [])
         for data, used in run["trained"].items():
             tokens = ", ".join(f"{n:,}" for n in used["tokens"])
             widths = ", ".join(f"{n:,}" for n in used["d_sae"])
-            trained.append(
-                f"{used['runs']} SAEs on {data}, {tokens} tokens each, {widths} latents, {len(run['seeds'])} seeds"
-            )
-        lines.append("; ".join(trained or ["no SAE of its own"]) + ".")
-    return " ".join(lines)
+            seeds = f"{len(run['seeds'])} seeds"
+            trained.append(f"{used['runs']} SAEs on {data}, {tokens} tokens each, {widths} latents, {seeds}")
+    return " ".join(f"{day}: {'; '.join(trained or ['no SAE of its own'])}." for day, trained in by_day.items())
 
 
 def _full_form(claim: Claim, outcome: Outcome | None, lab: Lab) -> str:

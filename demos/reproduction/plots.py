@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from reproduction.outcome import Outcome, Plot, Series
+from reproduction.outcome import Outcome, Plot, Series, short
 
 COLUMNS = 3
 
@@ -54,18 +53,9 @@ def _places(axis, outcome: Outcome, plot: Plot) -> None:
         series = Series(quantity, x, [f.value for f in mine], [f.low for f in mine], [f.high for f in mine])
         axis.plot(x, series.y, "o", color=f"C{i % 10}", markersize=4, label=quantity)
         _intervals(axis, series, f"C{i % 10}")
-    axis.set_xticks(range(len(places)), [_short(place) for place in places], rotation=25, ha="right", fontsize=7)
+    axis.set_xticks(range(len(places)), [short(place) for place in places], rotation=25, ha="right", fontsize=7)
     if plot.y == "ratio":
         axis.axhline(1.0, color="black", linewidth=0.6)
-
-
-def _short(data: str) -> str:
-    """`planted, 64 dim., poisson`; sites by their model."""
-    if planted := re.match(r"planted directions \(\d+ in (\d+) dimensions, (\w+) counts", data):
-        return f"planted, {planted[1]} dim., {planted[2]}"
-    return (
-        data.replace("`", "").replace(" of the bundled model", ", bundled").replace(" of stories260K", ", stories260K")
-    )
 
 
 def _curve(axis, series: Series, color: str) -> None:

@@ -52,6 +52,9 @@ def _n2g_ks(lab: Lab, site: Site) -> dict[int, list[Run]]:
     shown="(‖v‖₁ / ‖v‖₂)² / (V·T) of latents is below that of coordinates and of random directions of the same length; "
     "of Gaussian noise it is 2/π.",
     trains=methods("topk", on=Lab.residual),
+    remark="in both models whatever is taken off has far sparser effects than noise, and which tokens are looked at matters more "
+    "than what is taken off. Of the bundled SAEs, wider and trained longer, latents are not the sparser ones either "
+    "(checkpoints/suite.md).",
 )
 def sparse_effects(lab: Lab) -> Outcome:
     noise = float(effect_sparsity(torch.randn(HORIZON, 4096, generator=torch.Generator().manual_seed(0))))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from reproduction.bootstrap import Sums
+from reproduction.bootstrap import Sums, Table
 from reproduction.claims.latents import NO_MODEL
 from reproduction.claims.ratios import delta_ce, finding, fvu, kl, measured, seeds_finding
 from reproduction.data import LanguageModel, Site
@@ -29,10 +29,16 @@ HELD_OUT_CELL = -2, 1
 """The cell (place of n, place of k) that the fit does not see."""
 
 
-def _grid(lab: Lab, site: Site) -> dict[tuple[int, int], list[Run]]:
+def _grid(lab: Lab, site: Site, times: int = 1) -> dict[tuple[int, int], list[Run]]:
     ns, ks = (FULL_SIZES if lab.full else SIZES)[site.lm.name]
-    tokens = lab.size(site).tokens // (1 if lab.full else 2)
+    tokens = times * lab.size(site).tokens // (1 if lab.full else 2)
     return {(n, k): lab.runs(site, "topk", d_sae=n, k=k, tokens=tokens) for n in ns for k in ks}
+
+
+def _grids(lab: Lab, site: Site) -> dict[tuple[int, int, int], list[Run]]:
+    """The same with twice the tokens besides, to see what more training does to the law; of the smallest model only."""
+    twice = (1, 2) if site.lm.name == "stories" else (1,)
+    return {(*cell, times): runs for times in twice for cell, runs in _grid(lab, site, times).items()}
 
 
 def _grid_places(lab: Lab) -> list[Site]:
@@ -51,7 +57,7 @@ def _design(cells: list[tuple[int, int]]) -> Tensor:
     says="The error falls as a power of the number of latents n at fixed k, and faster where k is larger.",
     shown="ln FVU = α + β_k ln k + β_n ln n + γ ln k ln n, fitted without one cell, explains more than 98 % of its variance; "
     "the slope in ln n at the middle k is negative; γ is negative; the left-out cell is predicted to 5 %.",
-    trains=arms(_grid, _grid_places),
+    trains=arms(_grids, _grid_places),
 )
 def scaling_laws(lab: Lab) -> Outcome:
     rows, plots = [], []
@@ -67,12 +73,15 @@ def scaling_laws(lab: Lab) -> Outcome:
 
 
 def _laws(lab: Lab, site: Site) -> tuple[list[Finding], Plot]:
-    grid = lab.train(_grid(lab, site))
-    cells = list(grid)
+    grids = lab.train(_grids(lab, site))
+    cells = [cell[:2] for cell in grids if cell[2] == 1]
     ns, ks = sorted({n for n, _ in cells}), sorted({k for _, k in cells})
     left_out = ns[HELD_OUT_CELL[0]], ks[HELD_OUT_CELL[1]]
     fitted = [cell for cell in cells if cell != left_out]
-    tables = {f"{n} {k}": lab.tables(saes, site, loss=False) for (n, k), saes in grid.items()}
+    by_tokens: dict[int, dict[str, list[Table]]] = {}
+    for (n, k, times), saes in grids.items():
+        by_tokens.setdefault(times, {})[f"{n} {k}"] = lab.tables(saes, site, loss=False)
+    tables = by_tokens[1]
     design = _design(fitted)
     solve = torch.linalg.pinv(design)
 
@@ -99,6 +108,11 @@ def _laws(lab: Lab, site: Site) -> tuple[list[Finding], Plot]:
         finding(site, words, tables, predicted, above=0.95, below=1.05),
     ]
     rows += [finding(site, f"exponent of n at k = {k}", tables, _exponent(coefficients, k)) for k in ks]
+    for times, others in by_tokens.items():
+        if times > 1:
+            rows.append(finding(site, f"R² with {times} times the tokens", others, r2))
+            rows.append(finding(site, f"γ with {times} times the tokens", others, lambda s: coefficients(s)[:, 3]))
+            rows.append(finding(site, f"{words}, {times} times the tokens", others, predicted))
     return rows, _curves(site, tables, ns, ks, fvu, "FVU")
 
 
