@@ -83,7 +83,7 @@ def run(claim: Claim, lab: Lab) -> Outcome:
     outcome = claim.measure(lab)
     facts = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": _machine(),
+        "machine": _machine(lab.runner.device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "seeds": lab.seeds,
@@ -93,9 +93,9 @@ def run(claim: Claim, lab: Lab) -> Outcome:
     return dataclasses.replace(outcome, runs=[facts])
 
 
-def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return f"{device}, torch {torch.__version__}"
+def _machine(device: str) -> str:
+    name = f"{os.cpu_count()} CPU cores" if device == "cpu" else torch.cuda.get_device_name(device)
+    return f"{name}, torch {torch.__version__}"
 
 
 def lacks_accelerator(arguments: argparse.Namespace) -> bool:

@@ -225,7 +225,7 @@ def test_the_reason_of_a_verdict_names_each_quantity_once():
     planted = "planted directions (96 in 32 dimensions, poisson counts, mean 4 per token)"
     fails = [found(2, 3, data, below=1.0) for data in (planted, "`layers.2.resid_post` of the bundled model")]
     reason = why(Outcome([*fails, found(0, 2, "x", below=1.0)]))
-    assert "Fails: ratio (planted, 32 dim., poisson | layers.2.resid_post, bundled). Open: ratio (x)." in reason
+    assert "Fails: ratio (planted, 96 in 32 dim., poisson | layers.2.resid_post, bundled). Open: ratio (x)." in reason
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

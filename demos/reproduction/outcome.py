@@ -186,9 +186,9 @@ def why(outcome: Outcome) -> str:
 
 
 def short(data: str) -> str:
-    """`planted, 64 dim., poisson`; sites by their model."""
-    if planted := re.match(r"planted directions \(\d+ in (\d+) dimensions, (\w+) counts", data):
-        return f"planted, {planted[1]} dim., {planted[2]}"
+    """`planted, 96 in 64 dim., poisson`; sites by their model."""
+    if planted := re.match(r"planted directions \((\d+) in (\d+) dimensions, (\w+) counts", data):
+        return f"planted, {planted[1]} in {planted[2]} dim., {planted[3]}"
     return (
         data.replace("`", "").replace(" of the bundled model", ", bundled").replace(" of stories260K", ", stories260K")
     )
