@@ -28,7 +28,7 @@ def draw(outcome: Outcome, file: Path) -> None:
             _places(axis, outcome, plot)
         for i, series in enumerate(plot.series):
             _curve(axis, series, f"C{i % 10}")
-        axis.set_title(plot.title, fontsize=9)
+        axis.set_title(short(plot.title), fontsize=9)
         axis.set_xlabel(plot.x)
         axis.set_ylabel(plot.y)
         if plot.log_x:
