@@ -193,7 +193,7 @@ def n2g(lab: Lab) -> Outcome:
     shown="Over all active latents on every token, the Pearson correlation of predicted and measured effects is above 0.9, "
     "the rank correlation above 0.8, for each seed.",
     trains=methods("topk", on=lambda lab: lab.sites),
-    remark="the Pearson correlation at one site lies at the bound itself, which more tokens do not decide.",
+    remark="in the residual stream the Pearson correlation lies near its bound, where a few large effects decide.",
 )
 def attribution(lab: Lab) -> Outcome:
     rows = []
