@@ -5,15 +5,18 @@
     python demos/reproduce.py --all --stories-lm FOLDER --stories-text FILE --stories-held-out FILE
     python demos/reproduce.py --page
 
-Each claim runs in minutes on a CPU; --full is the form for an accelerator. Finished SAEs are kept in --folder by a hash of all that
-decides them, and shared by the claims; stopped by Ctrl-C or a signal, the same command goes on. --novels adds novels to the bundled
-model's training text; stories260K, a second model, is used where it is given. Numbers go to demos/reproduction/results,
-plots (`pip install -e '.[plots]'`) beside them.
+Each claim runs in minutes on a CPU; --full is the form for an accelerator, and says what it takes where there is none. Every claim
+declares its SAEs: those of all claims that are asked for are trained first, on one pass of each model. Finished SAEs are kept in
+--folder by a hash of all that decides them, and shared by the claims; stopped by Ctrl-C or a signal, the same command goes on.
+--novels adds novels to the bundled model's training text; stories260K, a second model, and earlier states of the bundled one
+(--lm-checkpoints) are used where they are given. Numbers go to
+demos/reproduction/results and replace those that were measured on the same data; plots (`pip install -e '.[plots]'`) beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.util
 import json
@@ -29,10 +32,13 @@ import torch
 from reproduction import page
 from reproduction.data import Places
 from reproduction.laboratory import Lab
-from reproduction.outcome import NOT_RUN, Outcome
+from reproduction.outcome import NOT_RUN, Outcome, joined
 from reproduction.plots import draw
 from reproduction.registry import Claim, claims
+from reproduction.runner import work
 
+from saehook.config import count
+from saehook.errors import TrainingInterrupted
 from saehook.files import atomic_write
 
 
@@ -44,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--all", action="store_true", help="run every claim")
     options.add_argument("--page", action="store_true", help="write the page and the plots from the stored numbers")
     options.add_argument("--full", action="store_true", help="the form for an accelerator")
+    options.add_argument("--device", help="to train on (default: cpu; with --full, the accelerator)")
+    options.add_argument(
+        "--tokens", type=count, help="at most so many for each SAE, to try a form out: needs --results of its own"
+    )
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument(
         "--only", nargs="+", default=[], metavar="DATA", help="planted, bundled, stories, or one site, bundled/SITE"
@@ -55,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--stories-lm", type=Path, help="folder of stories260K")
     options.add_argument("--stories-text", type=Path, help="stories to train on")
     options.add_argument("--stories-held-out", type=Path, help="stories to measure on")
+    options.add_argument(
+        "--lm-checkpoints",
+        nargs="+",
+        default=[],
+        metavar="TOKENS=FOLDER",
+        help="earlier states of the bundled model, the last one itself",
+    )
     options.add_argument("--quiet", action="store_true", help="no progress bars")
     return options
 
@@ -62,32 +79,49 @@ def parser() -> argparse.ArgumentParser:
 def run(claim: Claim, lab: Lab) -> Outcome:
     """Measure one claim, and say with what."""
     started = time.monotonic()
-    lab.begin()
+    lab.begin(claim.trains(lab))
     outcome = claim.measure(lab)
     facts = {
-        "form": lab.form,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": _machine(),
+        "machine": _machine(lab.runner.device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "seeds": lab.seeds,
         "trained": lab.facts(),
         "seconds": round(time.monotonic() - started),
     }
-    whole = Outcome(outcome.findings, outcome.plots, outcome.notes, outcome.untestable, facts)
-    return Outcome.from_dict(whole.to_dict())  # the verdict is that of the stored, rounded numbers
+    return dataclasses.replace(outcome, runs=[facts])
 
 
-def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return f"{device}, torch {torch.__version__}"
+def _machine(device: str) -> str:
+    name = f"{os.cpu_count()} CPU cores" if device == "cpu" else torch.cuda.get_device_name(device)
+    return f"{name}, torch {torch.__version__}"
 
 
-def write(name: str, outcome: Outcome, folder: Path) -> None:
-    """The numbers of one claim."""
+def lacks_accelerator(arguments: argparse.Namespace) -> bool:
+    """Whether a full form was asked for and nothing was said that could run it."""
+    return arguments.full and arguments.device is None and not torch.cuda.is_available()
+
+
+def checkpoints_of(given: Sequence[str]) -> tuple[tuple[float, Path], ...]:
+    """Tokens and folder of each."""
+    pairs = [each.partition("=") for each in given]
+    return tuple((float(count(tokens)), Path(folder)) for tokens, _, folder in pairs)
+
+
+NO_ACCELERATOR = (
+    "That takes an accelerator, and torch sees none here. Leave --full out, or name a --device; --tokens gives all SAEs less, to "
+    "try the form out."
+)
+
+
+def write(name: str, outcome: Outcome, folder: Path) -> Outcome:
+    """The numbers of one claim, beside those on other data; what is known of it now."""
     folder.mkdir(parents=True, exist_ok=True)
-    data: dict[str, Any] = outcome.to_dict()
+    whole = joined(before, outcome) if (before := page.stored(folder).get(name)) else outcome
+    data: dict[str, Any] = whole.to_dict()
     atomic_write(folder / f"{name}.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    return Outcome.from_dict(data)  # the verdict is that of the stored, rounded numbers
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -100,8 +134,11 @@ def main(given: Sequence[str] | None = None) -> int:
     stories = [arguments.stories_lm, arguments.stories_text, arguments.stories_held_out]
     if any(stories) and not all(stories):
         options.error("--stories-lm, --stories-text and --stories-held-out belong together.")
+    if arguments.tokens and arguments.results == page.RESULTS:
+        options.error("--tokens makes SAEs smaller than the page says: give --results another folder.")
+    results = arguments.results / "full" if arguments.full else arguments.results
     if arguments.list:
-        outcomes = page.stored(arguments.results)
+        outcomes = page.stored(results)
         for name, claim in known.items():
             verdict = outcomes[name].verdict if name in outcomes else NOT_RUN
             print(f"{name:24}{verdict:36}{claim.says}")
@@ -111,26 +148,36 @@ def main(given: Sequence[str] | None = None) -> int:
         options.error("name a claim, or give --list, --all or --page.")
     lab = Lab(
         arguments.folder,
-        Places(arguments.novels, *stories),
+        Places(arguments.novels, *stories, checkpoints=checkpoints_of(arguments.lm_checkpoints)),
         full=arguments.full,
         seeds=arguments.seeds,
         progress=not arguments.quiet,
         only=arguments.only,
         methods=arguments.methods_run,
+        tokens=arguments.tokens,
+        device=arguments.device or ("cuda" if arguments.full else "cpu"),
+        planning=lacks_accelerator(arguments),
     )
-    for name in names:
-        outcome = run(known[name], lab)
-        write(name, outcome, arguments.results)
-        print(f"{name}: {outcome.verdict} ({outcome.facts['seconds']} s)", flush=True)
+    runs = [run for name in names for run in known[name].trains(lab)]
+    if lab.planning:
+        options.error(f"the full form of {', '.join(names)} trains {work(runs)}. {NO_ACCELERATOR}")
+    try:
+        lab.runner.saes(runs)
+        for name in names:
+            outcome = write(name, run(known[name], lab), results)
+            print(f"{name}: {outcome.verdict} ({outcome.runs[-1]['seconds']} s)", flush=True)
+    except TrainingInterrupted as stopped:
+        print(f"{stopped} The same command goes on.", file=sys.stderr)
+        return 1
     if arguments.page or (names and arguments.results == page.RESULTS):
-        outcomes = page.stored(arguments.results)
-        atomic_write(page.PAGE, page.page(known, outcomes))
+        outcomes = page.stored(page.RESULTS)
+        atomic_write(page.PAGE, page.page(known, outcomes, page.stored(page.RESULTS / "full")))
         if importlib.util.find_spec("matplotlib") is None:
             print("no plots: pip install -e '.[plots]'", file=sys.stderr)
             return 0
         for name, outcome in outcomes.items():
             if outcome.plots and (name in names or arguments.page):
-                draw(outcome.plots, page.PLOTS / f"{name}.svg")
+                draw(outcome, page.PLOTS / f"{name}.svg")
     return 0
 
 

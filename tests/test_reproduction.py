@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import reproduce
 import torch
+from bundle import CHECKPOINTS, card
 from reproduction import page
 from reproduction.bootstrap import estimate
-from reproduction.data import CHUNK, Places, Planted
-from reproduction.laboratory import Lab
+from reproduction.data import CHUNK, WIDTH, LanguageModel, Places, Planted
+from reproduction.laboratory import MLP, RESID, Lab
 from reproduction.measure import at_l0, mean_l0
 from reproduction.outcome import (
     NOT_REPRODUCED,
@@ -26,6 +29,7 @@ from reproduction.outcome import (
     Plot,
     Series,
     counted_findings,
+    joined,
     verdict,
     why,
 )
@@ -33,14 +37,19 @@ from reproduction.registry import claims
 from reproduction.runner import Run, Runner
 from torch import Tensor
 
-from saehook import BatchTopK, TopK, TrainConfig
-from saehook.errors import TrainingInterrupted
+from saehook import BatchTopK, TopK, TrainConfig, load_sae
+from saehook.errors import ArgumentError, TrainingInterrupted
+from saehook.eval_result import EvalResult
 
 NAMES = """
 topk-sets-l0 variable-l0 no-sweep threshold batch-independence topk-vs-relu downstream-gain batchtopk-vs-topk
 batchtopk-vs-jumprelu shrinkage ste lambda-controls-l0 bandwidth unit-norm dead-latents unit-rows multi-topk scaling-laws
 larger-is-better compute-equivalent ablation-sparsity probe-loss n2g attribution steering-window clamp-or-add zero-ablation
 surgical bf16 special-tokens
+""".split()
+NEED_A_MODEL = """
+downstream-gain scaling-laws larger-is-better compute-equivalent ablation-sparsity probe-loss n2g attribution steering-window
+clamp-or-add zero-ablation surgical bf16 special-tokens
 """.split()
 DATA = Planted(d_in=8, features=12, mean=2)
 CONFIG = TrainConfig(
@@ -212,20 +221,58 @@ def test_data_whose_condition_does_not_hold_are_not_counted():
     assert verdict([fails, unmatched]) == UNTESTED
 
 
+def test_the_reason_of_a_verdict_names_each_quantity_once():
+    planted = "planted directions (96 in 32 dimensions, poisson counts, mean 4 per token)"
+    fails = [found(2, 3, data, below=1.0) for data in (planted, "`layers.2.resid_post` of the bundled model")]
+    reason = why(Outcome([*fails, found(0, 2, "x", below=1.0)]))
+    assert "Fails: ratio (planted, 96 in 32 dim., poisson | layers.2.resid_post, bundled). Open: ratio (x)." in reason
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_outcome_is_the_same_after_json():
-    plot = Plot("t", "x", "y", [Series("a", [1.0], [2.0], [1.5], [2.5])], ticks=["one"])
-    outcome = Outcome([found(0.25, 0.75, above=0.0)], [plot], ["a note"], facts={"seeds": [0, 1]})
+    plot = Plot("t", "x", "y", [Series("a", [1.0], [2.0], [1.5], [2.5])], quantities=["ratio"])
+    outcome = Outcome([found(0.25, 0.75, above=0.0)], [plot], ["a note"], runs=[{"seeds": [0, 1]}])
     assert Outcome.from_dict(json.loads(json.dumps(outcome.to_dict()))) == outcome
     lost = Outcome([found(float("nan"), float("nan"), below=1.0)]).to_dict()
     assert json.loads(json.dumps(lost, allow_nan=False))["findings"][0]["low"] is None
     assert Outcome.from_dict(lost).findings[0].state == "open"
 
 
+def outcome_on(data: str, value: float, seconds: int) -> Outcome:
+    plot = Plot("t", "", "y", [], quantities=["ratio"])
+    run = {"seconds": seconds, "trained": {data: {"runs": 3}}}
+    return Outcome([found(value, value, data, below=1.0)], [plot], [f"note {seconds}"], runs=[run])
+
+
+def test_numbers_on_other_data_stay_and_those_on_the_same_are_replaced():
+    planted, site = "planted", "`layers.2.resid_post` of stories260K"
+    both = joined(outcome_on(site, 1.5, 1), outcome_on(planted, 0.5, 2))
+    assert [(f.data, f.value) for f in both.findings] == [(planted, 0.5), (site, 1.5)]
+    assert both.verdict == NOT_REPRODUCED
+    assert both.plots == [Plot("t", "", "y", [], quantities=["ratio"])]
+    assert [run["seconds"] for run in both.runs] == [1, 2]
+    again = joined(both, outcome_on(site, 0.75, 3))
+    assert [(f.data, f.value) for f in again.findings] == [(planted, 0.5), (site, 0.75)]
+    assert again.verdict == REPRODUCED
+    assert [run["seconds"] for run in again.runs] == [2, 3]
+    assert again.notes == ["note 3"]
+    nothing = Outcome([], untestable="no model")
+    assert joined(both, nothing) == both
+    assert joined(nothing, both).verdict == NOT_REPRODUCED
+
+
+def test_curves_of_the_same_name_are_replaced():
+    def curves(*labels: str, y: float) -> Outcome:
+        return Outcome([found(0, 0, labels[0])], [Plot("t", "x", "y", [Series(name, [1.0], [y]) for name in labels])])
+
+    (plot,) = joined(curves("a", "b", y=1.0), curves("b", "c", y=2.0)).plots
+    assert [(series.label, series.y) for series in plot.series] == [("a", [1.0]), ("b", [2.0]), ("c", [2.0])]
+
+
 def test_the_committed_page_is_made_of_the_stored_numbers():
-    made = page.page(claims(), page.stored())
+    made = page.page(claims(), page.stored(), page.stored(page.RESULTS / "full"))
     assert page.PAGE.read_text(encoding="utf-8") == made, "run: python demos/reproduce.py --page"
 
 
@@ -239,14 +286,111 @@ def test_every_stored_number_belongs_to_a_claim_and_every_plot_is_there():
 
 
 def test_a_claim_without_numbers_says_so():
-    text = page.page(claims(), {})
+    text = page.page(claims(), {}, {})
     assert text.count("**not run yet**") == len(NAMES)
+    assert text.count("Full form: not run.") == len(NAMES) - 1  # one trains nothing
 
 
 def test_data_that_were_not_asked_for_are_not_used(tmp_path):
     assert Lab(tmp_path, Places(), only=["planted"]).everywhere == [Planted()]
     words = [data.words for data in Lab(tmp_path, Places()).everywhere]
     assert [w.split("`")[1] for w in words[1:]] == ["layers.2.resid_post", "layers.3.mlp_out"]
+
+
+# --- the full form ----------------------------------------------------------------------------------------------------
+
+
+def test_the_full_form_says_what_it_takes_where_there_is_no_accelerator(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main(["topk-vs-relu", "--full", "--only", "planted", "--folder", str(tmp_path / "runs")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "the full form of topk-vs-relu trains 6 SAEs of up to 128 latents on 18 M tokens in all" in said
+    assert "takes an accelerator" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_fewer_tokens_are_refused_for_the_page(capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["topk-vs-relu", "--tokens", "4k"])
+    assert "give --results another folder" in capsys.readouterr().err
+
+
+def test_a_claim_trains_only_what_it_declares(tmp_path):
+    lab = Lab(tmp_path, Places(), only=["planted"], seeds=1, progress=False)
+    lab.begin([])
+    with pytest.raises(ArgumentError, match="none of the runs that the claim declares"):
+        lab.arms(DATA, "topk")
+
+
+def test_what_is_measured_on_longer_holds_what_is_measured_on():
+    lm = LanguageModel("bundled", (RESID, MLP), Path())
+    short, long = (model.held_out_ids.tolist() for model in (lm, lm.longer(4)))
+    assert (len(short), len(long)) == (32, 128)
+    assert all(row in long for row in short)
+    assert {site.width for name in (RESID, MLP) for site in lm.model.sites(name)} == {WIDTH["bundled"]}
+    assert Run(DATA.longer(), CONFIG).key == Run(DATA, CONFIG).key
+    assert DATA.longer().held_out().x.shape[0] == 4 * DATA.held_out().x.shape[0]
+
+
+def test_the_cards_of_the_bundled_saes_name_their_run():
+    rows = {row.sae: row for row in EvalResult.from_json((CHECKPOINTS / "eval.json").read_text("utf-8")).results}
+    runs = {"sae": "layers.2.resid_post-topk32-4096-seed1", "sae-mlp": "layers.3.mlp_out"}
+    for name, run in runs.items():
+        text = (CHECKPOINTS / name / "README.md").read_text("utf-8")
+        assert text == card(name, load_sae(CHECKPOINTS / name), rows[name]), "run: python demos/bundle.py"
+        assert f"Run `{run}` of" in text
+
+
+@pytest.mark.slow
+def test_the_full_form_runs_whole_at_a_tiny_scale(tmp_path, capsys):
+    command = ["topk-vs-relu", "multi-topk", "--full", "--device", "cpu", "--tokens", "10k", "--only", "planted"]
+    command += ["--seeds", "1", "--quiet", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert reproduce.main(command) == 0
+    assert not page.stored(tmp_path / "results")
+    outcomes = page.stored(tmp_path / "results" / "full")
+    assert set(outcomes) == {"topk-vs-relu", "multi-topk"}
+    text = page.page(claims(), {}, outcomes)
+    assert f"Full form: **{outcomes['multi-topk'].verdict}**" in text
+    assert "2 SAEs on planted directions (96 in 32 dimensions, poisson counts, mean 4 per token), 10,000 tokens" in text
+
+
+@pytest.mark.slow
+def test_every_claim_runs_on_planted_data_in_a_tiny_form(tmp_path):
+    small = [name for name in NAMES if name != "shrinkage"]  # which solves for every token's activations, a minute
+    command = [*small, "--only", "planted", "--tokens", "8k", "--seeds", "1", "--quiet"]
+    command += ["--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert reproduce.main(command) == 0
+    outcomes = page.stored(tmp_path / "results")
+    assert list(outcomes) == sorted(small)
+    for name, outcome in outcomes.items():
+        assert bool(outcome.untestable) == (name in NEED_A_MODEL), name
+        assert bool(outcome.findings) == (name not in NEED_A_MODEL), name
+        assert all(math.isfinite(f.value) for f in outcome.findings if f.counts and name != "bandwidth"), name
+    assert page.page(claims(), outcomes, {}).count("**not run yet**") == 1
+
+
+@pytest.mark.slow
+def test_claims_run_on_the_bundled_model_in_a_tiny_form(tmp_path):
+    names = "downstream-gain special-tokens ste surgical topk-vs-relu zero-ablation".split()
+    command = [
+        *names,
+        "--only",
+        "bundled/layers.3.mlp_out",
+        "bundled/layers.2.resid_post",
+        "--tokens",
+        "8k",
+        "--seeds",
+        "1",
+    ]
+    command += ["--quiet", "--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert reproduce.main(command) == 0
+    outcomes = page.stored(tmp_path / "results")
+    assert list(outcomes) == names
+    for name, outcome in outcomes.items():
+        assert "layers.2.resid_post" in outcome.findings[-1].data or "layers.3.mlp_out" in outcome.findings[-1].data
+        assert all(math.isfinite(f.value) for f in outcome.findings), name
+    assert outcomes["surgical"].verdict == REPRODUCED  # holds for any SAE
 
 
 @pytest.mark.slow
@@ -256,7 +400,7 @@ def test_two_claims_run_whole_on_planted_data(tmp_path, capsys):
     assert reproduce.main(command) == 0
     assert capsys.readouterr().out.count(": reproduced (") == 2
     outcomes = page.stored(tmp_path / "results")
-    assert outcomes["topk-vs-relu"].facts["form"] == "small"
+    assert [run["seeds"] for run in outcomes["topk-vs-relu"].runs] == [[0, 1]]
     assert [f.state for f in outcomes["topk-vs-relu"].findings] == ["holds", "holds"]
     saes = sorted((tmp_path / "runs" / "saes").iterdir())
     assert len(saes) == 6  # topk, multitopk and relu, two seeds each; topk is shared

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,11 @@ SEQUENCE = 128
 """Tokens of a sequence that is measured on, and drawn again by the bootstrap."""
 SEQUENCES = {"planted": 64, "stories": 64, "bundled": 32}
 """How many are measured on; fewer of the largest model."""
+WIDTH = {"stories": 64, "bundled": 256}
+"""Of the residual stream."""
 SPREAD = 96
+LONGER = 4
+"""Times as much is measured on where that was too little to decide."""
 HELD_OUT_SEED = 1
 CHUNK = 16_384
 
@@ -61,11 +65,13 @@ class Planted:
     """Of every coordinate."""
     scale: float = 1.0
     site: str = "planted"
+    times: int = 1
+    """So many times `SEQUENCES` are measured on."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """What decides the activations."""
-        return {"planted": asdict(self)}
+        return {"planted": {name: value for name, value in asdict(self).items() if name != "times"}}
 
     @property
     def words(self) -> str:
@@ -103,13 +109,17 @@ class Planted:
 
     @functools.cached_property
     def _held(self) -> HeldOut:
-        n = SEQUENCES["planted"]
+        n = self.times * SEQUENCES["planted"]
         x = self.draw(n * SEQUENCE, HELD_OUT_SEED).view(n, SEQUENCE, self.d_in)
         return HeldOut(x, torch.ones(x.shape[:2], dtype=torch.bool))
 
     def held_out(self) -> HeldOut:
         """What is measured on."""
         return self._held
+
+    def longer(self, times: int = LONGER) -> Planted:
+        """With so many times as much to measure on."""
+        return replace(self, times=times)
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,8 @@ class Places:
     stories_lm: Path | None = None
     stories_text: Path | None = None
     stories_held_out: Path | None = None
+    checkpoints: tuple[tuple[float, Path], ...] = ()
+    """Of the bundled model's training: tokens and folder, the last one the model itself."""
 
 
 @dataclass(eq=False)
@@ -132,14 +144,26 @@ class LanguageModel:
     places: Places = field(default_factory=Places)
     clean_logits: Tensor | None = None
     """Of the measured sequences, [sequences, SEQUENCE, vocabulary], once they were made."""
+    times: int = 1
+    """So many times `SEQUENCES` are measured on."""
+    device: str = "cpu"
+    """Where training activations are made."""
+    _longer: dict[int, LanguageModel] = field(default_factory=dict)
 
     @functools.cached_property
     def model(self) -> HookedModel:
-        """In float32, as both are small."""
-        if self.name == "bundled":
-            return HookedModel.from_pretrained(saehook.bundled("lm"))
-        assert self.places.stories_lm is not None
-        return HookedModel.from_pretrained(self.places.stories_lm)
+        """What is measured on, in float32 on the CPU, as both are small."""
+        return self._load("cpu")
+
+    def _load(self, device: str) -> HookedModel:
+        folder = saehook.bundled("lm") if self.name == "bundled" else self.places.stories_lm
+        assert folder is not None
+        return HookedModel.from_pretrained(folder, device=device, dtype=torch.float32)
+
+    @functools.cached_property
+    def _trained_on(self) -> HookedModel:
+        """What training activations come from."""
+        return self.model if self.device == "cpu" else self._load(self.device)
 
     @functools.cached_property
     def documents(self) -> list[Document]:
@@ -164,9 +188,17 @@ class LanguageModel:
             assert self.places.stories_held_out is not None
             texts = stories(self.places.stories_held_out)
         ids = windows(texts, self.model.tokenizer, SEQUENCE, max_tokens=150_000).ids
-        spread = ids[(torch.arange(SPREAD) * len(ids)) // SPREAD]
-        measured = spread[torch.arange(SPREAD) % 3 > 0]
-        return measured[:: len(measured) // SEQUENCES[self.name]]
+        places = torch.arange(self.times * SPREAD)
+        spread = ids[(places * len(ids)) // len(places)]
+        measured = spread[places % 3 > 0]
+        return measured[:: len(measured) // (self.times * SEQUENCES[self.name])]
+
+    def longer(self, times: int) -> LanguageModel:
+        """The same with so many times as much to measure on."""
+        if times not in self._longer:
+            self._longer[times] = LanguageModel(self.name, self.sites, self.cache, self.places, times=times)
+            self._longer[times].__dict__["model"] = self.model
+        return self._longer[times]
 
     @functools.cached_property
     def text_sha256(self) -> str:
@@ -198,7 +230,7 @@ class LanguageModel:
 
     def chunks(self) -> Iterator[dict[str, Tensor]]:
         """All sites at once, from one pass of the model, kept on disk."""
-        return self._activations.chunks(lm_pass(self.model, list(self.sites), self._text))
+        return self._activations.chunks(lm_pass(self._trained_on, list(self.sites), self._text))
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -235,9 +267,14 @@ class Site:
         return f"`{self.site}` of {'the bundled model' if self.lm.name == 'bundled' else 'stories260K'}"
 
     @property
+    def times(self) -> int:
+        """So many times `SEQUENCES` are measured on."""
+        return self.lm.times
+
+    @property
     def d_in(self) -> int:
         """Width."""
-        return self.held_out().x.shape[-1]
+        return WIDTH[self.lm.name]
 
     def chunks(self) -> Iterator[dict[str, Tensor]]:
         """Those of all sites of the model."""
@@ -246,6 +283,10 @@ class Site:
     def held_out(self) -> HeldOut:
         """What is measured on."""
         return self.lm.held(self.site)
+
+    def longer(self, times: int = LONGER) -> Site:
+        """With so many times as much to measure on."""
+        return Site(self.lm.longer(times), self.site)
 
 
 Data = Planted | Site

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from reproduction.bootstrap import Table
 from reproduction.data import Data, LanguageModel, Places, Planted, Site
@@ -16,6 +15,7 @@ from reproduction.measure import table
 from reproduction.runner import Run, Runner
 from saehook import SAE, BatchTopK, JumpReLU, ReLU, TopK, TrainConfig
 from saehook.config import Method, MultiTopK
+from saehook.errors import ArgumentError
 
 Arm = TypeVar("Arm", bound=Hashable)
 
@@ -50,7 +50,7 @@ FULL = {
     "bundled": Size(8192, 32, 50_000_000, 4096),
     "stories": Size(4096, 16, 20_000_000, 4096),
 }
-"""For an accelerator."""
+"""For an accelerator; give it the whole of TinyStories, of which the second model saw more than the 1,000 stories."""
 GIVEN = Size(4096, 32, 5_000_000, 4096)
 """Of demos/compare_methods.py."""
 CALIBRATION_TOKENS = 20_000
@@ -69,18 +69,26 @@ class Lab:
         progress: bool = True,
         only: Sequence[str] = (),
         methods: Path | None = None,
+        tokens: int | None = None,
+        device: str = "cpu",
+        planning: bool = False,
     ) -> None:
         """`only`: some of the data, `planted`, a model or MODEL/SITE; none: all that are there. `methods`: a run of
-        demos/compare_methods.py, whose SAEs stand for those of the bundled model's residual stream."""
+        demos/compare_methods.py, whose SAEs stand for those of the bundled model's residual stream. `tokens`: at most so many
+        for each SAE. `planning`: to say what runs take, without reading any data."""
         self.folder = folder
-        self.form = "full" if full else "small"
-        self.sizes = FULL if full else SMALL
+        self.full = full
+        self.planning = planning
+        self.sizes = {
+            name: size if tokens is None else dataclasses.replace(size, tokens=min(size.tokens, tokens))
+            for name, size in (FULL if full else SMALL).items()
+        }
         self.seeds = list(range(seeds))
-        device = "cuda" if full and torch.cuda.is_available() else "cpu"
         self.runner = Runner(folder, progress=progress, device=device)
-        lms = {"bundled": LanguageModel("bundled", (RESID, MLP), folder / "activations", places)}
-        if places.stories_lm is not None:
-            lms["stories"] = LanguageModel("stories", (RESID, MLP), folder / "activations", places)
+        self.declared: set[str] = set()
+        """Keys of the runs that the claim says it takes."""
+        names = ["bundled"] + (["stories"] if places.stories_lm is not None else [])
+        lms = {n: LanguageModel(n, (RESID, MLP), folder / "activations", places, device=device) for n in names}
         self.only = tuple(only)
         self.lms = {name: lm for name, lm in lms.items() if not only or name in {part.split("/")[0] for part in only}}
         self.given = (
@@ -88,13 +96,15 @@ class Lab:
         )
         self.used: dict[str, dict[str, Any]] = {}
         """What was trained on since `begin`, by data."""
-        self._tables: dict[tuple[int, bool], Table] = {}
+        self._tables: dict[tuple[int, str, int, bool], Table] = {}
         self.at_l0: dict[tuple[int, str, float], Table] = {}
         """Tables of SAEs at another L0 than their own, by SAE, data and L0 (`claims.ratios.table_at`)."""
 
-    def begin(self) -> None:
-        """A new claim."""
+    def begin(self, runs: Sequence[Run]) -> None:
+        """A new claim, with the SAEs that it takes."""
         self.used.clear()
+        self.declared = {run.key for run in runs}
+        self.runner.saes(runs)
 
     @property
     def planted(self) -> list[Planted]:
@@ -154,8 +164,10 @@ class Lab:
         return Run(data, self.config(data, method, seed), given=folder)
 
     def train(self, wanted: Mapping[Arm, list[Run]]) -> dict[Arm, list[SAE]]:
-        """SAEs of each arm, a list of one for each seed; all that is missing is trained together."""
+        """SAEs of each arm, a list of one for each seed, that the claim has declared."""
         runs = [run for arm in wanted.values() for run in arm]
+        if foreign := [run.config for run in runs if run.key not in self.declared]:
+            raise ArgumentError(f"{foreign[0]} is none of the runs that the claim declares. Name it in `trains`.")
         saes = iter(self.runner.saes(runs))
         for run in runs:
             facts = {"tokens": run.config.tokens, "d_sae": run.config.d_sae, "seeds": len(self.seeds)}
@@ -177,7 +189,7 @@ class Lab:
         """Kept for SAEs as they were trained."""
         if not any(sae is one for one in self.runner.loaded.values()):
             return table(sae, data, loss=loss)
-        key = id(sae), loss or not isinstance(data, Site)
+        key = id(sae), data.words, data.times, loss or not isinstance(data, Site)
         if key not in self._tables:
             self._tables[key] = table(sae, data, loss=loss)
         return self._tables[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,21 +85,21 @@ class Plot:
     series: list[Series]
     log_x: bool = False
     log_y: bool = False
-    ticks: list[str] = field(default_factory=list)
-    """Names of the places 0, 1, 2, ... on the x axis; empty where x is a number."""
+    quantities: list[str] = field(default_factory=list)
+    """Of the findings, side by side for all data, in place of series of its own."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One claim, run once."""
+    """What is known of one claim; data that were measured at different times stand side by side (`joined`)."""
 
     findings: list[Finding]
     plots: list[Plot] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     untestable: str = ""
     """Why nothing could be measured."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Form, date, versions, data, tokens, seeds, seconds."""
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    """Of each command that measured a part of it: date, versions, seeds, seconds, and what was trained, by data."""
 
     @property
     def verdict(self) -> str:
@@ -115,7 +116,36 @@ class Outcome:
         nan: dict[str, Any] = {name: float("nan") for name in ("value", "low", "high")}
         findings = [Finding(**nan | {k: v for k, v in f.items() if v is not None}) for f in data["findings"]]
         plots = [Plot(**p | {"series": [Series(**s) for s in p["series"]]}) for p in data["plots"]]
-        return Outcome(findings, plots, data["notes"], data["untestable"], data["facts"])
+        return Outcome(findings, plots, data["notes"], data["untestable"], data["runs"])
+
+
+def joined(old: Outcome, new: Outcome) -> Outcome:
+    """The new one, with what the old one found on other data; of data that were measured again only the new is left."""
+    if not new.findings:
+        return old if old.findings else new
+    again = {finding.data for finding in new.findings} | {data for run in new.runs for data in run["trained"]}
+    findings = sorted([f for f in old.findings if f.data not in again] + new.findings, key=_place)
+    plots = {plot.title: plot for plot in old.plots}
+    for plot in new.plots:
+        plots[plot.title] = _joined_plots(plots[plot.title], plot) if plot.title in plots else plot
+    runs = []
+    for run in old.runs:
+        left = {data: facts for data, facts in run["trained"].items() if data not in again}
+        if left:
+            runs.append(run | {"trained": left})
+    return Outcome(findings, list(plots.values()), new.notes, new.untestable, runs + new.runs)
+
+
+def _place(finding: Finding) -> int:
+    """Planted data first, then the bundled model, then the second one."""
+    return 1 if "bundled model" in finding.data else 2 if "stories260K" in finding.data else 0
+
+
+def _joined_plots(old: Plot, new: Plot) -> Plot:
+    """Curves of the new one stand for those of the same name."""
+    curves = {series.label: series for series in (*old.series, *new.series)}
+    quantities = list(dict.fromkeys([*old.quantities, *new.quantities]))
+    return dataclasses.replace(new, series=list(curves.values()), quantities=quantities)
 
 
 def verdict(findings: Sequence[Finding], untestable: str = "") -> str:
@@ -136,18 +166,32 @@ def counted_findings(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def why(outcome: Outcome) -> str:
-    """The verdict's reason, in one sentence."""
+    """The verdict's reason, in a few words."""
     if outcome.untestable:
         return outcome.untestable
     counted = counted_findings(outcome.findings)
     spoilt = sorted({f.data for f in outcome.findings if f.condition and f.state != "holds"})
     parts = [f"{sum(f.state == 'holds' for f in counted)} of {len(counted)} findings hold"]
     for state in ("fails", "open"):
-        if names := [f"{f.quantity} ({f.data})" for f in counted if f.state == state]:
-            parts.append(f"{state}: {'; '.join(names)}")
+        places: dict[str, list[str]] = {}
+        for f in counted:
+            if f.state == state:
+                places.setdefault(f.quantity, []).append(short(f.data))
+        if places:
+            said = [f"{quantity} ({' | '.join(data)})" for quantity, data in places.items()]
+            parts.append(f"{state}: {'; '.join(said)}")
     if spoilt:
         parts.append(f"not counted, since a condition does not hold: {', '.join(spoilt)}")
     return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
+
+
+def short(data: str) -> str:
+    """`planted, 96 in 64 dim., poisson`; sites by their model."""
+    if planted := re.match(r"planted directions \((\d+) in (\d+) dimensions, (\w+) counts", data):
+        return f"planted, {planted[1]} in {planted[2]} dim., {planted[3]}"
+    return (
+        data.replace("`", "").replace(" of the bundled model", ", bundled").replace(" of stories260K", ", stories260K")
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -63,6 +63,20 @@ class Run:
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
+def work(runs: Sequence[Run]) -> str:
+    """What training them takes, in words; every run counts once."""
+    if not runs:
+        return "no SAE"
+    different = dict.fromkeys((run.data, run.config, run.untied) for run in runs)
+    tokens = sum(config.tokens for _, config, _ in different)
+    operations = sum(2.0 * config.tokens * data.d_in * config.d_sae for data, config, _ in different)
+    widest = max(config.d_sae for _, config, _ in different)
+    return (
+        f"{len(different)} SAEs of up to {widest:,} latents on {round(tokens / 1e6, 1):,g} M tokens in all; their encoders alone "
+        f"take {operations:.1e} operations"
+    )
+
+
 class Runner:
     """Finished SAEs lie in `folder/saes/KEY`."""
 

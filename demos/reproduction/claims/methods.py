@@ -20,11 +20,11 @@ from reproduction.claims.ratios import (
     over,
     same_l0,
 )
-from reproduction.data import Planted
+from reproduction.data import Data, Planted
 from reproduction.laboratory import Lab
 from reproduction.measure import sample
 from reproduction.outcome import Outcome
-from reproduction.registry import claim
+from reproduction.registry import claim, methods
 from saehook import activation_fns
 from saehook.suite.shrinkage import shrinkage
 
@@ -33,12 +33,17 @@ MATCHED = (
     "BatchTopK and JumpReLU with thresholds that give it: one number each, set on the same tokens."
 )
 
+REFINED = 2**20
+"""Numbers, tokens × d_in, whose activations are solved for again."""
+SHRINKING = ("relu", "topk", "batchtopk", "jumprelu")
+
 
 @claim(
     "topk-vs-relu",
     source="Gao et al. 2024, section 2 and figure 2",
     says="At equal L0, TopK reconstructs better than ReLU with an L1 penalty.",
     shown="FVU, KL and added loss of TopK are below those of ReLU, read at the L0 that the ReLU has.",
+    trains=methods("topk", "relu"),
 )
 def topk_vs_relu(lab: Lab) -> Outcome:
     rows = []
@@ -53,6 +58,7 @@ def topk_vs_relu(lab: Lab) -> Outcome:
     source="Gao et al. 2024, section 4.1",
     says="TopK's gain over ReLU is larger in the language model's loss than in the reconstruction.",
     shown="The ratio of the KLs, ReLU / TopK, and that of the added losses, is above the ratio of the FVUs.",
+    trains=methods("topk", "relu", on=lambda lab: lab.sites),
 )
 def downstream_gain(lab: Lab) -> Outcome:
     if not lab.sites:
@@ -70,18 +76,23 @@ def downstream_gain(lab: Lab) -> Outcome:
     )
 
 
+def _several(lab: Lab) -> list[Data]:
+    """Planted data of other counts and widths besides."""
+    more = [Planted(counts="geometric"), Planted(counts="constant"), Planted(d_in=64), Planted(d_in=128)]
+    return [*lab.planted, *(more if lab.planted else []), *lab.sites]
+
+
 @claim(
     "batchtopk-vs-topk",
     source="Bussmann et al. 2024, section 4, figures 1 and 2",
     says="At equal mean L0, BatchTopK reconstructs better than TopK and costs the language model less.",
     shown="FVU, KL and added loss of BatchTopK are below those of TopK at L0 = k; with orthonormal directions its error "
     "is never the larger one.",
+    trains=methods("batchtopk", "topk", on=_several),
 )
 def batchtopk_vs_topk(lab: Lab) -> Outcome:
-    more = [Planted(counts="geometric"), Planted(counts="constant"), Planted(d_in=64), Planted(d_in=128)]
-    more = more if lab.planted else []
     rows = []
-    for data in [*lab.planted, *more, *lab.sites]:
+    for data in _several(lab):
         tables = matched(lab, data, lab.arms(data, "batchtopk", "topk"))
         constant = isinstance(data, Planted) and data.counts == "constant"
         rows += compared(data, tables, "batchtopk", "topk", expected=not constant)
@@ -120,6 +131,7 @@ def _orthonormal() -> float:
     source="Bussmann et al. 2024, section 4",
     says="BatchTopK reconstructs better than JumpReLU at equal L0; in the language model's loss neither always wins.",
     shown="FVU of BatchTopK is below that of JumpReLU at L0 = k.",
+    trains=methods("batchtopk", "jumprelu"),
 )
 def batchtopk_vs_jumprelu(lab: Lab) -> Outcome:
     rows = []
@@ -138,23 +150,28 @@ def batchtopk_vs_jumprelu(lab: Lab) -> Outcome:
     says="An L1 penalty makes activations too small; TopK, BatchTopK and JumpReLU do not.",
     shown="γ of ReLU is below 0.995, that of the others within 0.5 % of 1; solved for again with the same active latents, "
     "activations of ReLU rise by more than 2 %, those of the others by less.",
+    trains=methods(*SHRINKING),
+    remark="at every place activations of ReLU rise many times as far as all others. What fails is the bound on the others, which "
+    "was ours and is too narrow for SAEs as small as these.",
 )
 def shrinks(lab: Lab) -> Outcome:
     rows = []
-    arms = ("relu", "topk", "batchtopk", "jumprelu")
     for data in lab.everywhere:
-        saes = lab.arms(data, *arms)
-        tables = {arm: lab.tables(ones, data, loss=False) for arm, ones in saes.items()}
-        for arm in arms:
+        saes = lab.arms(data, *SHRINKING)
+        longer = data.longer()
+        tables = {arm: lab.tables(ones, longer, loss=False) for arm, ones in saes.items()}
+        for arm in SHRINKING:
             bounds: dict[str, Any] = {"below": 0.995} if arm == "relu" else {"above": 0.995, "below": 1.005}
             rows.append(finding(data, f"γ, {arm}", tables, gamma(arm), **bounds))
-        for arm in arms:
-            shift = [shrinkage(sample(sae, data).thinned(2**17 // data.d_in))[0] for sae in saes[arm]]
+        for arm in SHRINKING:
+            shift = [shrinkage(sample(sae, longer).thinned(REFINED // data.d_in))[0] for sae in saes[arm]]
             bounds = {"above": 0.02} if arm == "relu" else {"below": 0.02}
             rows.append(measured(data, shift, f"rise when refined, {arm}", **bounds))
     plot = bars(
         "Rise of activations when they are solved for again", "share", [r for r in rows if "refined" in r.quantity]
     )
-    return Outcome(
-        rows, [plot], ["γ = Σ‖x_hat‖² / Σ x·x_hat of raw activations: b_dec counts, too, which no penalty shrinks."]
-    )
+    notes = [
+        "γ = Σ‖x_hat‖² / Σ x·x_hat of raw activations: b_dec counts, too, which no penalty shrinks.",
+        "Measured on four times the usual sequences, since on the usual ones the planted data decided nothing.",
+    ]
+    return Outcome(rows, [plot], notes)

@@ -11,7 +11,7 @@ from reproduction.bootstrap import Sums, Table, estimate, of_runs
 from reproduction.data import Data, Site
 from reproduction.laboratory import Lab
 from reproduction.measure import at_l0, mean_l0
-from reproduction.outcome import Finding, Plot, Series
+from reproduction.outcome import Finding, Plot
 from saehook import SAE, TopK
 from saehook.suite.measure import Measure
 from saehook.suite.progressive_code import with_topk
@@ -155,10 +155,4 @@ def compared(data: Data, tables: Tables, arm: str, other: str, *, expected: bool
 
 def bars(title: str, y: str, findings: Sequence[Finding], *, log_y: bool = False) -> Plot:
     """Findings side by side, one series for each quantity."""
-    places = list(dict.fromkeys(f.data for f in findings))
-    series = []
-    for quantity in dict.fromkeys(f.quantity for f in findings):
-        mine = [f for f in findings if f.quantity == quantity]
-        x = [float(places.index(f.data)) for f in mine]
-        series.append(Series(quantity, x, [f.value for f in mine], [f.low for f in mine], [f.high for f in mine]))
-    return Plot(title, "", y, series, log_y=log_y, ticks=[p.replace("`", "").split(" (")[0] for p in places])
+    return Plot(title, "", y, [], log_y=log_y, quantities=list(dict.fromkeys(f.quantity for f in findings)))

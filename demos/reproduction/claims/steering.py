@@ -16,7 +16,7 @@ from reproduction.data import Site
 from reproduction.laboratory import Lab
 from reproduction.measure import sample
 from reproduction.outcome import Outcome, Plot, Series
-from reproduction.registry import claim
+from reproduction.registry import claim, methods
 from saehook import SAE
 from saehook.dose_response import repetition, run_rows
 from saehook.interventions import Edit
@@ -105,6 +105,7 @@ def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
     shown="At least half of the latents have a usable strength (their tokens e times as likely, loss up by at most 1 nat, "
     "at most half of the 4-grams repeated); the median best strength is 0.25 to 1 times the norm; at 4 times the norm the loss "
     "has risen by more than 1 nat.",
+    trains=methods("topk", on=Lab.residual),
 )
 def steering_window(lab: Lab) -> Outcome:
     rows, plots = [], []
@@ -131,6 +132,7 @@ def steering_window(lab: Lab) -> Outcome:
     source="a public study of steering Llama 3.1 8B (2025), against Wu et al. 2025 (AxBench)",
     says="Clamping a latent to a value works better than adding it; AxBench found the opposite.",
     shown="Clamping gives a larger share of latents with a usable strength than adding, in every seed.",
+    trains=methods("topk", on=Lab.residual),
 )
 def clamp_or_add(lab: Lab) -> Outcome:
     rows = []
