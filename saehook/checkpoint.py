@@ -19,7 +19,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, overload
 
@@ -58,11 +58,18 @@ SAELENS_VERSION = "6.54.12"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+def save_sae(
+    sae: SAE,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    write: Callable[[Path], None] | None = None,
+) -> Path:
     """Write an SAE into the folder `path`; files of the same name there are replaced, each at once.
 
     Args:
         dtype: of the weights in the file (float32, bfloat16, float16); None: the SAE's. `threshold` is always float32.
+        write: writes the file of the weights, of an SAE that this process has not whole (`distributed.sharded_sae`).
 
     Raises:
         MissingStatError: a BatchTopK without threshold, which no other tool could use.
@@ -80,14 +87,9 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
             f"this {type(activation).__name__} has no threshold, so its file would be of no use. Train it to the end, or "
             "call sae.set_threshold(value)."
         )
-    tensors = {name: getattr(sae, name).detach().to("cpu", dtype).contiguous() for name in _WEIGHTS}
-    if sae.W_skip is not None:
-        tensors["W_skip"] = sae.W_skip.detach().to("cpu", dtype).contiguous()
-    if sae.threshold is not None:
-        tensors["threshold"] = sae.threshold.detach().float().cpu().expand(sae.d_sae).contiguous()
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ArgumentError(f"{name} holds NaN or infinity in {dtype}; the SAE is not written.")
+    if write is None:
+        tensors = _tensors(sae, dtype)
+        write = lambda file: save_file(tensors, file)  # noqa: E731
     config: dict[str, Any] = {
         "architecture": _architecture(sae.config),
         "d_in": sae.d_in,
@@ -123,7 +125,7 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"sae.metadata is no JSON data: {error}.") from None
     with atomically(path / WEIGHTS) as partial:
-        save_file(tensors, partial)
+        write(partial)
     if sae.stats is not None:
         facts = {name: getattr(sae.stats, name) for name in (*_STATS, *_LATER_STATS)}
         stats = {name: x.detach().float().cpu().contiguous() for name, x in facts.items() if x is not None}
@@ -140,6 +142,23 @@ def save_sae(sae: SAE, path: str | Path, *, dtype: torch.dtype | None = None) ->
         (path / SPARSITY).unlink(missing_ok=True)
     atomic_write(path / CONFIG, text)
     return path
+
+
+def _tensors(sae: SAE, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the file of the weights holds.
+
+    Raises:
+        ArgumentError: NaN or infinity.
+    """
+    tensors = {name: getattr(sae, name).detach().to("cpu", dtype).contiguous() for name in _WEIGHTS}
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.detach().to("cpu", dtype).contiguous()
+    if sae.threshold is not None:
+        tensors["threshold"] = sae.threshold.detach().float().cpu().expand(sae.d_sae).contiguous()
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ArgumentError(f"{name} holds NaN or infinity in {dtype}; the SAE is not written.")
+    return tensors
 
 
 _WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")

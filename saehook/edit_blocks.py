@@ -327,7 +327,7 @@ class LatentBlock(Block):
             wanted[..., p.columns] |= selected[..., None]
         wanted, target = wanted[..., columns], target[..., columns]
         latents = self.latents[columns]
-        encoder, rows = sae.W_enc[:, latents].float(), self.rows[columns]
+        encoder, rows = sae.encoder_rows(latents).T.float(), self.rows[columns]
         before = seen.x32 if delta is None else seen.x32 + delta
         pre, acts = pre_and_acts(sae, before, latents)
         goal = torch.where(target != 0, target, pre.clamp_max(0.0))

@@ -197,7 +197,7 @@ def changes(
     seen_x_hat = reconstruction(x_hat.clone())
     if not seen.requires_grad and torch.equal(seen, clean):
         return x_hat, seen_x_hat - x_hat
-    delta = (seen - clean) @ sae.W_dec
+    delta = sae.combine(seen - clean)
     scale = sae.scale(x)
     delta = delta if scale is None else delta * scale
     return x_hat - delta, delta + (seen_x_hat - x_hat)

@@ -537,7 +537,7 @@ class HookedModel(Runs):
         found = resolve(self.lm, site)
         if len(found) != 1:
             raise SiteError(f"{site!r} names {len(found)} sites; a vector is written at exactly one.")
-        return Place(found[0].name, self.width(found[0]), self.device)
+        return Place(found[0].name, self.width(found[0]), self.device_at(found[0].path))
 
     def width(self, site: Site) -> int:
         """Width of a site; runs one token through the model where the config does not say."""
@@ -551,7 +551,7 @@ class HookedModel(Runs):
         Args:
             saes: an SAE whose file says its site, or `{site: sae}`; a transcoder stands at the site that it reads, and
                 `{(site, site_out): sae}` says where it writes. `{site: [sae, other]}` attaches several, named `site#0`,
-                `site#1`, ... SAEs are moved to the model's device.
+                `site#1`, ... SAEs are moved to where their site computes.
             check: `site`: a recorded site or width that differs is an error; `fingerprint`: also measure FVU, L0 and
                 norm on the recorded tokens and refuse a factor above 2; `off`: only widths.
 
@@ -562,8 +562,8 @@ class HookedModel(Runs):
         if check not in {"site", "fingerprint", "off"}:
             raise ArgumentError(f"check={check!r} is unknown; expected 'site', 'fingerprint' or 'off'.")
         attached, sites = place_saes(self, saes, checked=check != "off")
-        for name, (sae, _, writes) in attached.items():
-            sae.to(self.device)
+        for name, (sae, reads, writes) in attached.items():
+            sae.to(self.device_at(sites[reads].path))
             if check == "fingerprint":
                 self.check_fingerprint(name, writes, sae)
         with self._lock:

@@ -56,15 +56,20 @@ class Storage(NamedTuple):
     """Of each parameter."""
     traffic: int
     """Bytes that one update of a parameter moves."""
+    options: str = ""
+    """Of `saehook train`."""
+    blocks: int = 0
+    """Numbers of both moments' blocks, each with a largest in float32; 0: none (`rounding`)."""
 
 
 STORAGES = (
     Storage("all float32, with gradients", 16, 32),
-    Storage("bf16, float32 master and moments", 14, 28),
-    Storage("bf16 rounded stochastically, float32 moments", 10, 22),
-    Storage("bf16 rounded stochastically, 8-bit moments", 4, 10),
+    Storage("bf16 rounded stochastically, float32 moments", 10, 22, "--weights bfloat16"),
+    Storage("float32, 8-bit moments", 6, 14, "--moments 8-bit", 256),
+    Storage("bf16 rounded stochastically, 8-bit moments", 4, 10, "--weights bfloat16 --moments 8-bit", 256),
 )
-"""The most exact first. From the second on gradients go from the sparse backward pass straight into the optimiser."""
+"""What `saehook train` offers, the most memory first. From the second on gradients go from the backward pass straight into the
+optimiser, and are never whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +180,15 @@ class Plan:
         return self.batch * (3 * BF16 * t.d_in + 16 * (t.k + t.k_aux))
 
     @property
+    def scales(self) -> float:
+        """The largest numbers of the blocks of 8-bit moments."""
+        blocks = self.storage.blocks and math.ceil(self.training.d_in / self.storage.blocks)
+        return 2 * FLOAT32 * 2 * self.latents * blocks
+
+    @property
     def memory(self) -> float:
         """All that must fit."""
-        return self.state + self.buffers
+        return self.state + self.scales + self.buffers
 
     @property
     def fits(self) -> bool:
@@ -318,10 +329,11 @@ def best_plan(training: Training, layout: Layout) -> Plan:
     ways = []
     if least.buffers < c.memory:
         room = c.memory - least.buffers
-        latent = math.ceil(training.parameters * least.storage.bytes / room)
+        a_parameter = (least.state + least.scales) * layout.latent / training.parameters
+        latent = math.ceil(training.parameters * a_parameter / room)
         nodes = math.ceil(latent * layout.data / c.per_node)
         number = latent * layout.data if nodes <= 1 else nodes * c.per_node
-        largest = int(room * layout.latent / (2 * training.d_in * least.storage.bytes))
+        largest = int(room * layout.latent / (2 * training.d_in * a_parameter))
         ways += [f"{number} devices", f"d_sae of at most {largest:,}"]
         if layout.data > 1:
             ways.append("fewer replicas")

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from saehook.intervals import Ratio, SequenceSums
 from saehook.sae import SAE
+from saehook.sparse_acts import fired_pairs, reconstructed
 
 MAX_ACTS = 2**22
 """Latent activations that are held at a time; a CPU gives their memory out again and again."""
+MAX_TOKENS = 2**10
+"""Tokens at a time of an SAE whose activations are pairs."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 L0_BINS = 40
 PER_DECADE = 5
@@ -37,12 +40,12 @@ RATIOS: dict[str, Ratio] = {
 
 def reconstruct(sae: SAE, x: Tensor) -> Tensor:
     """x_hat [n, d_out] of tokens [n, d_in], with few latent activations in memory."""
-    parts = [sae(some).x_hat for some in x.split(_tokens_at_once(sae))]
+    parts = [reconstructed(sae, some)[0] for some in x.split(_tokens_at_once(sae))]
     return torch.cat([x.new_empty(0, sae.d_out, dtype=sae.dtype), *parts])
 
 
 def _tokens_at_once(sae: SAE) -> int:
-    return max(1, min(MAX_ACTS // sae.d_sae, sae.tokens_at_once or MAX_ACTS))
+    return MAX_TOKENS if sae.by_pairs else max(1, MAX_ACTS // sae.d_sae)
 
 
 class Fidelity:
@@ -79,14 +82,14 @@ class Fidelity:
         parts = [y.new_empty(0, self.sae.d_out, dtype=self.sae.dtype)]
         step = _tokens_at_once(self.sae)
         for some, target in zip(x.split(step), y.split(step), strict=True):
-            out = self.sae(some)
-            tokens, latents = out.acts.nonzero(as_tuple=True)
+            x_hat, acts = reconstructed(self.sae, some)
+            tokens, latents = fired_pairs(acts)
             l0 = torch.bincount(tokens, minlength=len(some))
             if counts:
                 self.fired += torch.bincount(latents, minlength=len(self.fired))
                 self._count_l0(l0.cpu())
-            found.append(_of_tokens(target.double(), out.x_hat.double(), self.mean) | {"l0": l0.to(y.device)})
-            parts.append(out.x_hat)
+            found.append(_of_tokens(target.double(), x_hat.double(), self.mean) | {"l0": l0.to(y.device)})
+            parts.append(x_hat)
         names = [*_of_tokens(y[:0].double(), y[:0].double(), self.mean), "l0"]
         values = {name: torch.cat([y.new_empty(0), *(part[name] for part in found)]) for name in names}
         sums.add(owner, len(mask), **values)

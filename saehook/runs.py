@@ -71,6 +71,16 @@ class Runs:
             "HookedModel.from_pretrained(path), with device_map='auto' where they do not fit."
         )
 
+    def device_at(self, path: str) -> torch.device:
+        """Where the module of that path computes, of a model that is spread over devices (`device_map`)."""
+        if getattr(self.lm, "hf_device_map", None):
+            for end in range(len(parts := path.split(".")), 0, -1):
+                module = self.lm.get_submodule(".".join(parts[:end]))
+                place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+                if place is not None:
+                    return torch.device(place)
+        return self.device
+
     def _batch(self, x: Any, attention_mask: Tensor | None = None) -> Batch:
         if not takes_text(self.lm):
             return image_batch(self.lm, x, self.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from saehook import kernels
 from saehook.activation_fns import activate, check_threshold
-from saehook.config import AbsTopK, BatchTopK, JumpReLU, MaskRule, SAEConfig
+from saehook.config import AbsTopK, BatchTopK, JumpReLU, MaskRule, SAEConfig, TopK
 from saehook.errors import ArgumentError, FormatError, LatentError, MissingStatError, ShapeError
 
 LAYER_NORM_EPS = 1e-5
@@ -194,6 +194,11 @@ class SAE(nn.Module):
         return x.reshape(-1, self.d_in)
 
     @property
+    def by_pairs(self) -> bool:
+        """Whether runs hold its activations as pairs (`sparse_acts`)."""
+        return kernels.by_blocks(self.d_sae)
+
+    @property
     def tokens_at_once(self) -> int | None:
         """Tokens that `encode`, `pre_acts` and `forward` take at once; None: any number, as of every SAE that is not wide
         (`kernels.by_blocks`)."""
@@ -264,8 +269,41 @@ class SAE(nn.Module):
             raise ShapeError(
                 f"the SAE has d_sae = {self.d_sae} latents, but got activations of shape {tuple(acts.shape)}."
             )
-        flat = torch.addmm(self.b_dec, acts.to(self.dtype).reshape(-1, self.d_sae), self.W_dec)
+        flat = self.combine(acts.to(self.dtype).reshape(-1, self.d_sae), self.b_dec)
         return self.finish(flat.view(*acts.shape[:-1], self.d_out), x)
+
+    # What runs ask of the weights; `distributed.sharded_sae` answers where these lie on several devices.
+
+    def combine(self, acts: Tensor, offset: Tensor | None = None) -> Tensor:
+        """z W_dec [..., d_out] of `acts` [..., d_sae], plus `offset` [d_out], which needs z as a matrix, in the dtype of both."""
+        W_dec = self.W_dec.to(acts.dtype)
+        return acts @ W_dec if offset is None else torch.addmm(offset, acts, W_dec)
+
+    def combine_pairs(self, values: Tensor, pairs: kernels.Selection, dtype: torch.dtype | None = None) -> Tensor:
+        """The same of pairs with values [m], [n_tokens, d_out], computed in `dtype`; None: that of the weights."""
+        W_dec = self.W_dec
+        if dtype is not None and dtype != W_dec.dtype:  # only the rows that are used are converted
+            used, latents = pairs.latents.unique(return_inverse=True)
+            values, W_dec = values.to(dtype), W_dec[used].to(dtype)
+            pairs = kernels.Selection(pairs.tokens, latents, pairs.n_tokens, len(used), order="token")
+        return kernels.sparse.decode(values, W_dec, pairs)
+
+    def fired(self, inputs: Tensor) -> kernels.Encoded:
+        """Activations of `inputs` [n, d_in] (`SAE.inputs`) that are not 0, [m], without gradients, and their pairs, ordered by
+        token; some latents are encoded at a time. Not of an AbsTopK or GroupMax."""
+        if isinstance(self.config.activation, TopK):
+            return kernels.Encoded(*kernels.encode_topk(inputs, self.W_enc, self.b_enc, self.config.activation.k))
+        self.check_threshold()
+        return kernels.Encoded(*kernels.encode_above(inputs, self.W_enc, self.b_enc, self.threshold))
+
+    @property
+    def learns(self) -> bool:
+        """Whether the encoder's weights may get gradients."""
+        return self.W_enc.requires_grad or self.b_enc.requires_grad
+
+    def encoder_rows(self, latents: Tensor) -> Tensor:
+        """Columns of W_enc, as rows [s, d_in]."""
+        return self.W_enc.T[latents]
 
     def finish(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
         """The reconstruction from z W_dec + b_dec, [..., d_out]: with the skip map, or the token's mean and scale put back.

@@ -374,6 +374,8 @@ def site_name(config: TrainConfig) -> str:
 
 
 def sae_name(config: TrainConfig) -> str:
-    """How the logs call an SAE, e.g. `layers.2.resid_post-batchtopk32-4096`."""
+    """How the logs call an SAE, e.g. `layers.2.resid_post-batchtopk32-4096`, with what is kept otherwise than in float32."""
     sparsity = config.k or config.target_l0 or config.sparsity_coefficient
-    return f"{site_name(config)}-{method_to_dict(config.activation)['name']}{sparsity:g}-{config.d_sae}"
+    name = f"{site_name(config)}-{method_to_dict(config.activation)['name']}{sparsity:g}-{config.d_sae}"
+    kept = {"weights": config.weights, "moments": config.moments}
+    return name + "".join(f"-{what}-{how}" for what, how in kept.items() if how != "float32")

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saehook import kernels
-from saehook.config import AbsTopK, GroupMax, TopK
-from saehook.kernels import Selection, sparse
+from saehook.config import AbsTopK, GroupMax
+from saehook.kernels import Selection
 from saehook.sae import SAE
 
 
@@ -52,14 +51,9 @@ class SparseActs:
         place = torch.searchsorted(ascending, self.pairs.latents).clamp_max(len(ascending) - 1)
         return place, ascending[place] == self.pairs.latents
 
-    def sum_rows(self, W_dec: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Σ z_i W_dec[i] of each token, [..., d_out], computed in `dtype`; None: that of W_dec."""
-        values, pairs = self.values, self.pairs
-        if dtype is not None and dtype != W_dec.dtype:  # only the rows that are used are converted
-            used, latents = pairs.latents.unique(return_inverse=True)
-            values, W_dec = values.to(dtype), W_dec[used].to(dtype)
-            pairs = Selection(pairs.tokens, latents, pairs.n_tokens, len(used), order="token")
-        return sparse.decode(values, W_dec, pairs).view(*self.leading, W_dec.shape[1])
+    def sum_rows(self, sae: SAE, dtype: torch.dtype | None = None) -> Tensor:
+        """Σ z_i W_dec[i] of each token, [..., d_out], computed in `dtype`; None: that of the weights."""
+        return sae.combine_pairs(self.values, self.pairs, dtype).view(*self.leading, sae.d_out)
 
     def dense(self) -> Tensor:
         """[..., d_sae]."""
@@ -79,16 +73,11 @@ def encode(sae: SAE, x: Tensor) -> SparseActs:
     """
     inputs, activation = sae.inputs(x), sae.config.activation
     with torch.no_grad():
-        if isinstance(activation, (AbsTopK, GroupMax)):
-            values, pairs = _by_pieces(sae, x)
-        elif isinstance(activation, TopK):
-            values, pairs = kernels.encode_topk(inputs, sae.W_enc, sae.b_enc, activation.k)
-        else:
-            sae.check_threshold()
-            values, pairs = kernels.encode_above(inputs, sae.W_enc, sae.b_enc, sae.threshold)
+        dense = isinstance(activation, (AbsTopK, GroupMax))
+        values, pairs = _by_pieces(sae, x) if dense else sae.fired(inputs)
     sae.check_read(values, inputs)
-    if torch.is_grad_enabled() and (inputs.requires_grad or sae.W_enc.requires_grad or sae.b_enc.requires_grad):
-        again = (inputs[pairs.tokens] * sae.W_enc.T[pairs.latents]).sum(-1) + sae.b_enc[pairs.latents]
+    if torch.is_grad_enabled() and (inputs.requires_grad or sae.learns):
+        again = (inputs[pairs.tokens] * sae.encoder_rows(pairs.latents)).sum(-1) + sae.b_enc[pairs.latents]
         values = values + (again - again.detach())  # the same bits as without gradients
     return SparseActs(values, pairs, tuple(x.shape[:-1]))
 
@@ -109,7 +98,24 @@ def _by_pieces(sae: SAE, x: Tensor) -> tuple[Tensor, Selection]:
 
 def encode_for(sae: SAE, x: Tensor) -> Acts:
     """`sae.encode(x)` as runs take it: dense, or pairs where the SAE is wide."""
-    return encode(sae, x) if kernels.by_blocks(sae.d_sae) else sae.encode(x)
+    return encode(sae, x) if sae.by_pairs else sae.encode(x)
+
+
+def reconstructed(sae: SAE, x: Tensor) -> tuple[Tensor, Acts]:
+    """`sae(x).x_hat` and the activations, of either kind."""
+    if not sae.by_pairs:
+        found = sae(x)
+        return found.x_hat, found.acts
+    acts = encode(sae, x)
+    return sae.finish(acts.sum_rows(sae) + sae.b_dec, x), acts
+
+
+def fired_pairs(acts: Acts) -> tuple[Tensor, Tensor]:
+    """Tokens and latents of the activations [n, d_sae] that are not 0, [m] each."""
+    if isinstance(acts, SparseActs):
+        some = acts.values.nonzero().view(-1)
+        return acts.pairs.tokens[some], acts.pairs.latents[some]
+    return acts.nonzero(as_tuple=True)  # type: ignore[return-value]
 
 
 def columns_of(acts: Acts, latents: Tensor) -> Tensor:
@@ -120,8 +126,8 @@ def columns_of(acts: Acts, latents: Tensor) -> Tensor:
 def sum_others(sae: SAE, acts: Acts, latents: Tensor) -> Tensor:
     """Σ z_i W_dec[i] over all latents but some, [..., d_out] float32."""
     if isinstance(acts, Tensor):
-        return acts.float().index_fill(-1, latents, 0.0) @ sae.W_dec.float()
-    return acts.without(latents).sum_rows(sae.W_dec, torch.float32)
+        return sae.combine(acts.float().index_fill(-1, latents, 0.0))
+    return acts.without(latents).sum_rows(sae, torch.float32)
 
 
 def decode_with(
@@ -139,17 +145,17 @@ def decode_with(
         if emptied is not None:
             acts = torch.where(emptied[..., None], 0.0, acts)
         return sae.decode(acts.index_copy(-1, latents, values.to(acts.dtype)) if len(latents) else acts, x)
-    summed = acts.without(latents, emptied).sum_rows(sae.W_dec)
+    summed = acts.without(latents, emptied).sum_rows(sae)
     if len(latents):
-        summed = summed + values.to(sae.dtype) @ sae.W_dec[latents]
+        summed = summed + values.to(sae.dtype) @ sae.decoder_rows(latents)
     return sae.finish(summed + sae.b_dec, x)
 
 
 def pre_and_acts(sae: SAE, x: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Pre-activations and activations of some latents [s], each [..., s] float32."""
-    if not kernels.by_blocks(sae.d_sae):
+    if not sae.by_pairs:
         pre_acts = sae.pre_acts(x)
         return pre_acts[..., latents].float(), sae.activate(pre_acts)[..., latents].float()
     inputs = sae.inputs(x)
-    pre = torch.addmm(sae.b_enc[latents], inputs, sae.W_enc[:, latents]).view(*x.shape[:-1], len(latents))
+    pre = torch.addmm(sae.b_enc[latents], inputs, sae.encoder_rows(latents).T).view(*x.shape[:-1], len(latents))
     return pre.float(), encode(sae, x).columns(latents).float()

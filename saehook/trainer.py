@@ -20,7 +20,7 @@ from saehook import kernels, metrics_log
 from saehook.batches import Batch, InputFacts, JudgedBatches, Stream
 from saehook.calibration import Calibration, Calibrator
 from saehook.checkpoint import load_sae
-from saehook.config import BatchTopK, TrainConfig
+from saehook.config import MOMENTS, WEIGHTS, BatchTopK, TrainConfig
 from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.errors import ArgumentError, TrainingError, TrainingInterrupted
 from saehook.files import DISK_FULL
@@ -109,7 +109,7 @@ class Trainer:
 
         `resume` goes on from the newest checkpoint, with `batches` made anew: those that can say where they were
         (`harvest.Shuffled`) go on there, others are read again up to that place. On a CPU the result has the same bits
-        as that of a run that was never interrupted. On several devices the SAEs have some of the latents on each, and work
+        as that of a run that was never interrupted. On several devices each holds some latents of the SAEs, which work
         where all call them.
 
         Warns (UserWarning) where the activations ended early, or where no token was left to calibrate a threshold.
@@ -258,7 +258,8 @@ class Trainer:
         if self.checkpoint_dir is None:
             raise ArgumentError("there is nothing to resume from. Give the trainer the checkpoint_dir of the run.")
         tensors, data, folder = self.devices.load_state(self.checkpoint_dir)
-        recorded = data["configs"]
+        usual = {"weights": WEIGHTS[0], "moments": MOMENTS[0]}  # of a run from before these were settings
+        recorded = [usual | config for config in data["configs"]]
         if len(recorded) == len(self.configs) and data["scales"].keys() == self.d_in.keys():
             on_device = {name: x.to(self.device) for name, x in tensors.items() if name.startswith("facts.")}
             self.runs = self._make_runs(

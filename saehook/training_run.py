@@ -22,6 +22,7 @@ from saehook.corpus import Document
 from saehook.dataset_text import DatasetText
 from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.distributed.reading import SharedPass
+from saehook.distributed.sharded_sae import ShardedSAE
 from saehook.distributed.shards import Shards
 from saehook.errors import ArgumentError
 from saehook.eval_result import EvalResult
@@ -99,7 +100,7 @@ def train_saes(
         resume: go on from the newest checkpoint in `out`; everything else must be as it was.
         log: "tensorboard", "wandb" or both; the curves go there, too (`loggers`).
         devices: those that train together (`distributed.session`), each in a process that calls this with the same arguments;
-            the main one returns the run, the others an empty one.
+            the SAEs that are returned work where all of them call them (`distributed.sharded_sae`).
 
     Raises:
         ArgumentError: no config, two that would be written to the same folder, an `out` that holds an unfinished run, or
@@ -199,8 +200,6 @@ def train_saes(
         devices.main_does(lambda: (out / METRICS).unlink(missing_ok=True))
     with stopped_by_signals(trainer):
         saes = trainer.fit(resume=resume)
-    if not devices.is_main:
-        return TrainingRun([])
     place = source_text.state()
     read = {"windows_read": place["served"], "passes": place["passes"] + 1} if cache is None else {"cached": True}
     source = {
@@ -218,12 +217,24 @@ def train_saes(
         stored.metadata["fingerprint"] = model.fingerprint(
             sae.site, stored, sample[:FINGERPRINT_TOKENS], site_out=sae.site_out
         )
-        save_sae(stored, folder, dtype=dtype)
+        _save(stored, folder, dtype, devices)
         trained.append(TrainedSAE(stored, folder))
-    evaluation = None if held_out is None else _evaluate(model, trained, held_out, out, dtype, progress)
-    write_report(out)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    evaluation = None if held_out is None else _evaluate(model, trained, held_out, out, dtype, progress, devices)
+
+    def end() -> None:
+        write_report(out)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+    devices.main_does(end)
     return TrainingRun(trained, evaluation)
+
+
+def _save(sae: SAE, folder: Path, dtype: torch.dtype | None, devices: OneDevice) -> None:
+    """Write an SAE: each process its latents, or the main one all of them."""
+    if isinstance(sae, ShardedSAE):
+        sae.store(folder, dtype)
+    else:
+        devices.main_does(lambda: save_sae(sae, folder, dtype=dtype))
 
 
 def check_unused(out: Path) -> None:
@@ -271,9 +282,15 @@ def _folder(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
 
 
 def _evaluate(
-    model: HookedModel, trained: list[TrainedSAE], held_out: Windows, out: Path, dtype: Any, progress: bool
+    model: HookedModel,
+    trained: list[TrainedSAE],
+    held_out: Windows,
+    out: Path,
+    dtype: Any,
+    progress: bool,
+    devices: OneDevice,
 ) -> EvalResult:
-    """Evaluate, one SAE per site at a time, and note each row in its file."""
+    """Evaluate, one SAE per site at a time, and note each row in its file. On several devices all run the language model."""
     by_site: dict[str, list[TrainedSAE]] = {}
     for one in trained:
         by_site.setdefault(str(one.sae.site), []).append(one)
@@ -283,12 +300,12 @@ def _evaluate(
         hooked = model.attach({str(one.sae.site): one.sae for one in group})
         names = {str(one.sae.site): one.folder.name for one in group}
         try:
-            results.append(evaluate(hooked, held_out, names=names, progress=progress))
+            results.append(evaluate(hooked, held_out, names=names, progress=progress and devices.is_main))
         finally:
             hooked.detach()
         for one, row in zip(group, results[-1].results, strict=False):
             one.sae.metadata["evaluation"] = row.numbers() | {"text_sha256": held_out.text_sha256}
-            save_sae(one.sae, one.folder, dtype=dtype)
+            _save(one.sae, one.folder, dtype, devices)
     result = EvalResult([row for r in results for row in r.results], results[0].provenance)
-    atomic_write(out / "eval.json", result.to_json() + "\n")
+    devices.main_does(lambda: atomic_write(out / "eval.json", result.to_json() + "\n"))
     return result

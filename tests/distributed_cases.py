@@ -15,12 +15,14 @@ from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, MultiTopK, Re
 from saehook.devices import OneDevice
 from saehook.distributed import selection
 from saehook.distributed.mesh import Mesh
+from saehook.distributed.sharded_sae import ShardedSAE
 from saehook.distributed.shards import LATENT_AXES, Shards
+from saehook.distributed.state import latent_axis
 from saehook.errors import TrainingError
 from saehook.initial_rows import indices
 from saehook.kernels import running
 from saehook.optim import DecoderConstrainedAdam
-from saehook.sae_run import SAERun
+from saehook.sae_run import SAERun, resolved_settings
 
 SITE = "layers.0.resid_post"
 D_IN, D_SAE, BATCH = 12, 38, 54  # sizes that 3 and 4 do not divide
@@ -192,13 +194,22 @@ def compare(run: SAERun, whole: SAERun, shards: Shards, what: Any, tolerance: fl
         assert_near(found[name].double(), expected.double(), (*what, name), tolerance)
 
 
-def steps(mesh_of: MeshOf, data: int, latent: int, names: tuple[str, ...], n_steps: int) -> dict[str, list[float]]:
-    """So many steps of each method beside the run of one device; the losses."""
+def by_rows(settings: TrainConfig) -> TrainConfig:
+    """The same, trained without a gradient of a whole matrix, in which nothing is rounded."""
+    object.__setattr__(settings, "moments", "whole")
+    return settings
+
+
+def steps(
+    mesh_of: MeshOf, data: int, latent: int, names: tuple[str, ...], n_steps: int, *, rows: bool = False
+) -> dict[str, list[float]]:
+    """So many steps of each method beside the run of one device; the losses. With `rows` gradients are made row by row here."""
     shards = Shards(mesh_of(data, latent))
     facts = InputFacts.measure(tokens(500, 0), SITE)
     curves = {}
     for name in names:
-        run, whole = (double_run(config(name), devices, facts) for devices in (shards, OneDevice()))
+        run = double_run(by_rows(config(name)) if rows else config(name), shards, facts)
+        whole = double_run(config(name), OneDevice(), facts)
         curves[name] = []
         for step in range(n_steps):
             batch = {SITE: tokens(BATCH, 100 + step)}
@@ -274,8 +285,45 @@ def some_latents_at_a_time(mesh_of: MeshOf, data: int, latent: int) -> None:
         running.DENSE_ENTRIES = usual
 
 
-def two_shards(mesh_of: MeshOf) -> None:
+ROWS = ("topk, auxk", "batchtopk, auxk", "jumprelu", "gated", "matryoshka", "multitopk")
+
+
+def small_checkpoint(mesh_of: MeshOf, data: int, latent: int, folder: str) -> None:
+    """Weights in bfloat16 and moments in 8 bits, groups striped over the shards: in a checkpoint all in the order of one device,
+    and back."""
+    shards, one = Shards(mesh_of(data, latent)), OneDevice()
+    facts = InputFacts.measure(tokens(500, 0).float(), SITE)
+    settings = config("matryoshka", weights="bfloat16", moments="8-bit", dead_after_tokens=1)
+    run, whole = (SAERun(settings, "run", facts, devices=devices) for devices in (shards, one))
+    for step in range(3):
+        run.step({SITE: tokens(BATCH, 100 + step).float()})
+    tensors, numbers = run.state()
+    data_of_run = {"configs": [resolved_settings(settings, run.k_aux)], "runs": [numbers]}
+    shards.save_state(Path(folder), 3, {f"runs.0.{name}": x for name, x in tensors.items()}, data_of_run)
+    for devices, restored in ((one, whole), (shards, SAERun(settings, "run", facts, devices=shards))):
+        found, _, _ = devices.load_state(Path(folder))
+        restored.load_state({name.removeprefix("runs.0."): x for name, x in found.items()}, numbers)
+    for name, expected in tensors.items():
+        loaded, axis = whole.state()[0][name], latent_axis(f"runs.0.{name}")
+        if name == "run.dead":
+            assert torch.equal(loaded[torch.isin(loaded, run.latents)], run.latents[expected])
+        elif axis is not None:
+            assert torch.equal(loaded.index_select(axis, run.latents), expected), name
+    assert found["runs.0.optimizer.W_enc.exp_avg"].dtype == torch.uint8
+    assert found["runs.0.parameters.W_dec"].dtype == torch.bfloat16
+
+
+def every_saving(mesh_of: MeshOf, data: int, latent: int, folder: str) -> None:
+    """What saves memory."""
+    small_checkpoint(mesh_of, data, latent, folder)
+    some_latents_at_a_time(mesh_of, data, latent)
+    steps(mesh_of, data, latent, ROWS, 2, rows=True)
+
+
+def two_shards(mesh_of: MeshOf, folder: str) -> None:
     """In one world, since starting it costs most."""
+    small_checkpoint(mesh_of, 1, 2, folder)
+    steps(mesh_of, 1, 2, ROWS, 2, rows=True)
     some_latents_at_a_time(mesh_of, 1, 2)
     ties(mesh_of, 1, 2)
     steps(mesh_of, 1, 2, ASKED, 3)
@@ -364,8 +412,9 @@ def train(mesh_of: MeshOf, data: int, latent: int, folder: str, resume: bool, st
             saes = trainer.fit(resume=resume)
     except TrainingInterrupted as error:
         return [str(error)]
+    found = [sae.whole() if isinstance(sae, ShardedSAE) else sae for sae in saes]
     return [
         (dict(sae.named_parameters()), sae.metadata, vars(sae.stats), sae.config)
-        for sae in saes
-        if sae.stats is not None
+        for sae in found
+        if sae is not None and sae.stats is not None
     ]

@@ -16,6 +16,7 @@ from distributed_cases import (
     CONFIGS,
     CURVES,
     bytes_sent,
+    every_saving,
     goes_wrong,
     part_of_a_curve,
     selects,
@@ -24,11 +25,12 @@ from distributed_cases import (
     train,
     two_shards,
 )
+from sharded_cases import edits_alike, works_alike
 from simulated_mesh import simulated_step
 from worlds import here, in_world
 
 from saehook.config import TopK, TrainConfig
-from saehook.distributed.mesh import read_mesh, shares
+from saehook.distributed.mesh import read_mesh, shares, stripes
 from saehook.distributed.selection import BUTTERFLY_FROM
 from saehook.distributed.session import _of_this_start
 from saehook.distributed.state import latent_axis
@@ -47,14 +49,15 @@ def test_one_process_is_the_same_path():
     here(steps, 1, 1, tuple(CONFIGS), 4)
 
 
-def test_two_processes_are_one_device():
-    """The methods that the project promises, on two shards: k above a shard, planted ties, latents that never fire."""
-    in_world(2, two_shards)
+def test_two_processes_are_one_device(tmp_path):
+    """The methods that the project promises, on two shards: k above a shard, planted ties, latents that never fire; some latents
+    at a time, and gradients row by row."""
+    in_world(2, two_shards, str(tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "latent"), MESHES)
-def test_any_mesh_is_one_device(data, latent):
+def test_any_mesh_is_one_device(tmp_path, data, latent):
     world = data * latent
     assert in_world(world, selects, data, latent) == [18] * world
     for nan, other in in_world(world, goes_wrong, data, latent):
@@ -64,6 +67,7 @@ def test_any_mesh_is_one_device(data, latent):
     assert all(found == losses[0] for found in losses)
     curves = in_world(world, steps, data, latent, tuple(CONFIGS), 4)
     assert all(found == curves[0] for found in curves), "all processes see the same loss"
+    in_world(world, every_saving, data, latent, str(tmp_path))
 
 
 @pytest.mark.slow
@@ -89,11 +93,11 @@ def test_curves_go_on_with_another_number_of_processes(tmp_path):
 
 @pytest.mark.slow
 def test_the_trainer_stops_and_goes_on_with_another_mesh(tmp_path):
-    """Stopped by one of 2 processes, resumed by 3, whole on the main process; against one device."""
+    """Stopped by one of 2 processes, resumed by 3, put together on the main process; against one device."""
     said = in_world(2, train, 1, 2, str(tmp_path / "run"), False, 9000)
     assert said[0] == said[1]
     assert "can be resumed from" in said[0][0]
-    resumed = in_world(3, train, 3, 1, str(tmp_path / "run"), True, None)
+    resumed = in_world(3, train, 1, 3, str(tmp_path / "run"), True, None)
     assert resumed[1:] == [[], []]
     whole = here(train, 1, 1, str(tmp_path / "whole"), False, None)
     for (ours, says, stats, config), (theirs, said_there, stats_there, config_there) in zip(
@@ -108,6 +112,20 @@ def test_the_trainer_stops_and_goes_on_with_another_mesh(tmp_path):
             torch.testing.assert_close(stats[name], stats_there[name], rtol=1e-3, atol=1e-4, msg=name)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_shared_sae_is_the_whole_one(tmp_path):
+    """World of one: encoding, decoding, gradients, files of every rule; edits, splice, traces and evaluation in a model."""
+    assert here(works_alike, 1, 1, str(tmp_path)) > 0
+    here(edits_alike, 1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "latent"), [(1, 2), (2, 2)])
+def test_an_sae_shared_by_processes_is_the_whole_one(tmp_path, data, latent):
+    assert len(set(in_world(data * latent, works_alike, data, latent, str(tmp_path)))) == 1
+    rows = in_world(data * latent, edits_alike, data, latent)
+    assert all(row == rows[0] for row in rows), "all processes say the same"
 
 
 # --- bytes on the wire -----------------------------------------------------------------------------------------------
@@ -221,6 +239,20 @@ def test_meshes_are_read(text, world, expected):
 def test_meshes_that_cannot_be_are_refused(text, world, match):
     with pytest.raises(ArgumentError, match=match):
         read_mesh(text, world)
+
+
+def test_every_device_has_a_share_of_each_group():
+    for ends, parts in (((12, 25, 38), 3), ((1, 2, 3, 4), 2), ((38,), 4), ((5, 5, 9), 2)):
+        found = [stripes(ends, parts, part) for part in range(parts)]
+        every = [i for runs in found for run in runs for i in range(run.start, run.stop)]
+        assert sorted(every) == list(range(ends[-1]))
+        for start, end in zip((0, *ends), ends, strict=False):
+            sizes = [sum(start <= i < end for run in runs for i in range(run.start, run.stop)) for runs in found]
+            assert max(sizes) - min(sizes) <= 1
+        if len(ends) == 1:
+            assert [run for runs in found for run in runs] == shares(ends[0], parts)
+    sizes = [sum(run.stop - run.start for run in stripes((1, 2, 3, 4), 2, part)) for part in range(2)]
+    assert sizes == [2, 2], "what does not divide goes to each in turn"
 
 
 def test_shares_are_as_equal_as_may_be():

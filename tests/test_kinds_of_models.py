@@ -251,6 +251,9 @@ def test_device_map_auto_with_layers_on_disk(tmp_path):
         tmp_path / "lm", byte_tokenizer(), device_map="auto", max_memory=small, offload_folder=tmp_path / "disk"
     )
     assert set(model.lm.hf_device_map.values()) == {"cpu", "disk"}
+    place = model.sites(SITE)[0].path
+    assert next(model.lm.get_submodule(place).parameters()).device.type == "meta", "its weights are on the disk"
+    assert model.device_at(place).type == "cpu"
     hooked = model.attach({SITE: tiny_sae()})
     plain = HookedModel(build_lm("llama"), byte_tokenizer()).attach({SITE: tiny_sae()})
     with torch.no_grad():

@@ -75,8 +75,8 @@ def test_encode_is_the_dense_one(wide, activation, normalize):
     left[1] = 0.0
     of_token_1 = torch.tensor([[0], [1], [0]]).bool().expand(3, 3)
     torch.testing.assert_close(found.without(some, of_token_1).dense(), left)
-    torch.testing.assert_close(found.sum_rows(sae.W_dec), expected @ sae.W_dec)
-    single = found.sum_rows(sae.W_dec, torch.float32)
+    torch.testing.assert_close(found.sum_rows(sae), expected @ sae.W_dec)
+    single = found.sum_rows(sae, torch.float32)
     torch.testing.assert_close(single, (expected @ sae.W_dec).float(), rtol=1e-5, atol=1e-5)
 
 
@@ -91,7 +91,7 @@ def test_ties_zeros_and_no_token(wide):
     assert len(encode(sae, tokens()).values) == 0
     for activation in ACTIVATIONS:
         nothing = encode(tiny_sae(activation=activation), tokens(0))
-        assert nothing.sum_rows(sae.W_dec).shape == (0, 32)
+        assert nothing.sum_rows(sae).shape == (0, 32)
 
 
 @pytest.mark.parametrize("activation", ["topk", "jumprelu"])
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_the_dense_path(wide, activation):
         if isinstance(found, SparseActs):
             with torch.no_grad():
                 assert torch.equal(encode(sae, x).values, found.values), "gradients change no bit"
-        x_hat = found.sum_rows(sae.W_dec) if isinstance(found, SparseActs) else found @ sae.W_dec
+        x_hat = found.sum_rows(sae) if isinstance(found, SparseActs) else found @ sae.W_dec
         part = found.columns(torch.arange(5)) if isinstance(found, SparseActs) else found[:, :5]
         wanted = (x, sae.W_enc, sae.b_enc, sae.b_dec, sae.W_dec)
         results.append(torch.autograd.grad(x_hat.square().sum() + part.sum(), wanted))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from saehook.commands.shared import (
     add_json,
+    add_mesh,
     add_saes,
     add_text,
     attach,
@@ -17,6 +18,7 @@ from saehook.commands.shared import (
     held_out_text,
     load_model,
     note_other_text,
+    on_mesh,
     whole_number,
     write_json,
 )
@@ -25,6 +27,7 @@ from saehook.suite import METRICS
 
 if TYPE_CHECKING:
     from saehook.corpus import Document
+    from saehook.devices import OneDevice
     from saehook.hooked_saes import HookedSAEs
     from saehook.suite.probe_tasks import ProbeTask
 
@@ -34,6 +37,7 @@ HELP = "what the model loses when reconstructions take the place of activations"
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Options of `eval`."""
     add_saes(sub)
+    add_mesh(sub)
     add_text(sub, "(default: held-out modules of the standard library)", "100k")
     add_json(sub)
     sub.add_argument(
@@ -81,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     saehook eval --suite stability --sae runs/seeds/*   latents that the SAEs of several seeds share
     saehook eval --suite compute_equivalent --lm-checkpoints 10M=lm/10M 20M=lm/20M 40M=lm/40M
     saehook report eval.json -o report.html             a page with plots
+    torchrun --nproc-per-node 8 -m saehook eval --sae DIR --mesh latent=8    an SAE too large for one device
     """
     metrics = [name for name in METRICS if name in arguments.suite or "full" in arguments.suite]
     for option, given, needed in (
@@ -91,7 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise ArgumentError(
                 f"{option} is for --suite full or {' or '.join(sorted(needed))}. Give both, or neither."
             )
-    evaluated(arguments, check=arguments.check, seed=arguments.seed, metrics=metrics)
+    with on_mesh(arguments) as devices:
+        evaluated(arguments, check=arguments.check, seed=arguments.seed, metrics=metrics, devices=devices)
 
 
 def lm_checkpoint(text: str) -> tuple[int, str]:
@@ -103,12 +109,17 @@ def lm_checkpoint(text: str) -> tuple[int, str]:
 
 
 def evaluated(
-    arguments: argparse.Namespace, *, check: str = "fingerprint", seed: int = 0, metrics: Sequence[str] = ()
+    arguments: argparse.Namespace,
+    *,
+    check: str = "fingerprint",
+    seed: int = 0,
+    metrics: Sequence[str] = (),
+    devices: OneDevice | None = None,
 ) -> tuple[HookedSAEs, dict[str, Path]]:
     """The model with the SAEs attached, and the folder of each by its name there, after the tables were printed."""
     from saehook.evaluation import evaluate as run
 
-    hooked, folders = attach(arguments)
+    hooked, folders = attach(arguments, devices)
     documents = documents_of_setting(vars(arguments), "text")
     text = held_out_text(documents, arguments.tokens, hooked.model)
     probed = bool({"probe_loss", "absorption"} & set(metrics))

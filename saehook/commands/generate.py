@@ -7,10 +7,13 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from saehook.commands.shared import add_json, add_saes, attach, whole_number, write_json
+from saehook.commands.shared import add_json, add_mesh, add_saes, attach, on_mesh, whole_number, write_json
 from saehook.errors import ArgumentError, SaehookError
+
+if TYPE_CHECKING:
+    from saehook.devices import OneDevice
 
 HELP = "continue a text, with or without edits"
 DEFAULT_PROMPT = "def load(path):\n"
@@ -19,6 +22,7 @@ DEFAULT_PROMPT = "def load(path):\n"
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Options of `generate`."""
     add_saes(sub)
+    add_mesh(sub)
     sub.add_argument("prompt", nargs="?", default=DEFAULT_PROMPT, help="text to continue")
     sub.add_argument(
         "--chat", action="store_true", help="the prompt is a user's message, put into the model's chat template"
@@ -80,7 +84,15 @@ def run(arguments: argparse.Namespace) -> None:
     saehook generate "def load(path):" --steer 123=0.5max --max-new-tokens 40
     saehook generate --edits program.json --temperature 0.7 --seed 1
     saehook generate "def load(path):" --steer 123=0.5max --save-program program.json
+    torchrun --nproc-per-node 8 -m saehook generate ... --sae DIR --mesh latent=8      an SAE too large for one device
     """
+    with on_mesh(arguments) as devices:
+        if arguments.save_program is not None and getattr(devices, "mesh", None) is not None:
+            raise ArgumentError("--save-program writes a file from one process. Run it without --mesh.")
+        _run(arguments, devices)
+
+
+def _run(arguments: argparse.Namespace, devices: OneDevice) -> None:
     import warnings
 
     from saehook.errors import NoEffectWarning
@@ -98,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
         program = dataclasses.replace(
             program, splice=program.splice or arguments.splice, error=arguments.error or program.error
         )
-    hooked, _ = attach(arguments)
+    hooked, _ = attach(arguments, devices)
     if file is not None:
         for difference in compare_files(hooked, file)[0]:
             print(f"note: {difference}", file=sys.stderr)

@@ -87,9 +87,11 @@ def text_of(plan: Plan, every: list[Plan]) -> str:
             for p in every
         ),
         f"  of {layout.ceilings.memory / 1e9:,.0f} GB that may be filled, {plan.buffers / 1e9:,.1f} GB buffers included",
-        f"never held        {plan.whole_pre_acts / 1e9:,.1f} GB pre-activations, {plan.dense_gradient / 1e9:,.1f} GB gradients",
+        f"never held        {plan.whole_pre_acts / 1e9:,.1f} GB pre-activations"
+        + (f", {plan.dense_gradient / 1e9:,.1f} GB gradients" if plan.storage != every[0].storage else ""),
         f"wire a step       {plan.activation_bytes / 1e9:,.2f} GB activations, {plan.topk_bytes / 1e9:,.2f} GB top-k, "
         f"{plan.gradient_bytes / 1e9:,.2f} GB gradients",
+        *([f"train with        {plan.storage.options}"] if plan.storage.options else []),
         "time a step       " + ", ".join(f"{name} {1e3 * seconds:,.1f} ms" for name, seconds in plan.parts.items()),
         f"binds             {plan.binds}",
         f"run               {duration(plan.days)} with all else hidden behind it, {duration(plan.days_in_turn)} in turn",

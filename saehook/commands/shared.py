@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ from saehook.errors import ArgumentError, FileError
 if TYPE_CHECKING:
     from saehook.corpus import Document
     from saehook.dataset_text import DatasetText
+    from saehook.devices import OneDevice
     from saehook.hooked_model import HookedModel
     from saehook.hooked_saes import HookedSAEs
     from saehook.program_file import ProgramFile
@@ -33,6 +37,34 @@ hf:NAME[,config=..][,split=train][,column=text][,skip=N][,take=N][,revision=..],
 def add_saes(sub: argparse.ArgumentParser) -> None:
     """`--sae`."""
     sub.add_argument("--sae", nargs="+", metavar="DIR", help="SAE folders (default: the bundled ones)")
+
+
+def add_mesh(sub: argparse.ArgumentParser) -> None:
+    """`--mesh` of what runs a model with SAEs."""
+    sub.add_argument(
+        "--mesh",
+        metavar="MESH",
+        help="share the latents of each SAE among the processes that torchrun started, e.g. latent=8; each runs the LM",
+    )
+
+
+@contextlib.contextmanager
+def on_mesh(arguments: argparse.Namespace) -> Iterator[OneDevice]:
+    """The devices of the command: one, or those of `--mesh`, of which only the main process prints and writes."""
+    from saehook.devices import ONE_DEVICE
+
+    if arguments.mesh is None and int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        yield ONE_DEVICE
+        return
+    from saehook.distributed.session import session
+
+    with session(arguments.mesh) as devices, contextlib.ExitStack() as stack:
+        if not devices.is_main:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            arguments.json = None
+        yield devices
 
 
 def add_text(sub: argparse.ArgumentParser, what: str, tokens: str, *, preset: bool = True) -> None:
@@ -89,14 +121,21 @@ def sae_folders(arguments: argparse.Namespace) -> list[Path]:
     return [bundled("sae"), bundled("sae-mlp")]
 
 
-def attach(arguments: argparse.Namespace) -> tuple[HookedSAEs, dict[str, Path]]:
-    """The model with the SAEs attached, and the folder of each by its name there; several may have one site."""
+def attach(arguments: argparse.Namespace, devices: OneDevice | None = None) -> tuple[HookedSAEs, dict[str, Path]]:
+    """The model with the SAEs attached, and the folder of each by its name there; several may have one site. Several
+    `devices` share the latents."""
     from saehook.checkpoint import load_sae
+
+    mesh, load = getattr(devices, "mesh", None), load_sae
+    if mesh is not None:
+        from saehook.distributed.sharded_sae import load_sharded
+
+        load = functools.partial(load_sharded, mesh=mesh)
 
     model = load_lm(arguments)
     by_site: dict[str, list[tuple[SAE, Path]]] = {}
     for folder in _only_saes(sae_folders(arguments)):
-        sae = load_sae(folder)
+        sae = load(folder)
         if sae.site is None:
             raise ArgumentError(
                 f"{folder} does not say which site it belongs to; attach it in Python with the site's name."

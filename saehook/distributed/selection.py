@@ -56,7 +56,7 @@ def kept_of(
 def _gathered(mine: Tensor, k: int, mesh: Mesh) -> tuple[Tensor, Tensor]:
     """The k-th largest of each token [n, 1], and how many equal to it are kept here [n], from each device's largest [n, c]."""
     every = mesh.gather(mine, "latent", WHAT)
-    flat = every.permute(1, 0, 2).reshape(len(mine), -1)
+    flat = every.permute(1, 0, 2).reshape(len(mine), len(every) * mine.shape[1])
     least = flat.topk(k).values[:, -1:]
     return least, _share(k - (flat > least).sum(1), (every == least).sum(2), mesh)
 

@@ -23,11 +23,12 @@ from saehook.devices import WHOLE_PARAMETERS, OneDevice
 from saehook.distributed import selection, state
 from saehook.distributed.collectives import add, read
 from saehook.distributed.mesh import Mesh, nearest_sizes, shares, stripes
+from saehook.distributed.sharded_sae import ShardedSAE
 from saehook.errors import ArgumentError, TrainingError
 from saehook.initial_rows import indices
 from saehook.kernels import running
 from saehook.methods import of_size
-from saehook.sae import SAE, LatentStats
+from saehook.sae import SAE
 
 CHECKED_STEPS = 20
 """So often it is checked that all processes have been given the same batch."""
@@ -106,32 +107,10 @@ class Shards(OneDevice):
         return part
 
     def finished(self, sae: SAE, activation: Activation, ends: Sequence[int]) -> SAE:
-        raise NotImplementedError
-
-    def whole(self, sae: SAE, activation: Activation, d_sae: int) -> SAE | None:
-        """Once all have given their parts nobody waits for the main process any more."""
-        found = {name: self._to_main(p.detach(), LATENT_AXES.get(name)) for name, p in sae.named_parameters()}
-        stats = {}
-        if sae.stats is not None:
-            kept = ("max_act", "density", "mean_act", "quantiles")
-            facts = {name: getattr(sae.stats, name) for name in kept}
-            stats = {name: self._to_main(x, 0) for name, x in facts.items() if x is not None}
-        if not self.is_main:
-            return None
-        config = dataclasses.replace(sae.config, d_sae=d_sae, activation=activation)
-        whole = SAE(config, site=sae.site, site_out=sae.site_out, device="meta")
-        whole.register_parameter("threshold", None)
-        for name, value in found.items():
-            assert value is not None
-            setattr(whole, name, nn.Parameter(value.to(sae.device)))
-        whole.metadata, whole.mask_rule = sae.metadata, sae.mask_rule
-        if sae.stats is not None:
-            others = {"tokens": sae.stats.tokens, "mean_error": sae.stats.mean_error}
-            whole.stats = LatentStats(**others, **stats)  # type: ignore[arg-type]
-        return whole
-
-    def _to_main(self, x: Tensor, axis: int | None) -> Tensor | None:
-        return x.cpu() if axis is None else self.mesh.to_main(x, axis)
+        config = dataclasses.replace(sae.config, d_sae=ends[-1], activation=activation)
+        if self.mesh.sizes["latent"] == 1:
+            return sae
+        return ShardedSAE.of_parts(sae, self.mesh, config, ends)
 
     # --- one step, forward -------------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ _NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """Of safetensors."""
+T = TypeVar("T")
 _BY_LATENT = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "r_mag": 0, "b_mag": 0}
 """The dimension of the parameters that goes over latents; of Adam's moments it is always the first."""
 
@@ -59,9 +60,15 @@ def save(mesh: Mesh, folder: Path, step: int, tensors: Mapping[str, Tensor], dat
         here = indices(_rows(mesh, name, ends)).to(tensors[name].device)
         tensors[name] = torch.cat(mesh.gather_some(here[tensors[name]], "latent", "checkpoint")).sort().values
     pieces = {name: _piece(mesh, name, x, ends) for name, x in tensors.items()}
+    return together(mesh, pieces, lambda fill: run_state.save_state(folder, step, {}, data, lambda path, _: fill(path)))
+
+
+def together(mesh: Mesh, pieces: Mapping[str, Piece], do: Callable[[Callable[[Path], None]], T]) -> T:
+    """What `do` gives on the main process, on all; it gets a function that writes a safetensors file of the pieces that all
+    processes have. An OSError or ValueError there, or an OSError of any while it writes, is raised on all."""
     begun = False
 
-    def write(path: Path, _: Mapping[str, Tensor]) -> None:
+    def write(path: Path) -> None:
         nonlocal begun
         layout = allocate(path, pieces)
         begun = True
@@ -71,8 +78,8 @@ def save(mesh: Mesh, folder: Path, step: int, tensors: Mapping[str, Tensor], dat
     result: Any = None
     if mesh.rank == 0:
         try:
-            result = (True, run_state.save_state(folder, step, {}, data, write))
-        except OSError as error:
+            result = (True, do(write))
+        except (OSError, ValueError) as error:
             result = (False, error)
         if not begun:
             mesh.from_main(None)

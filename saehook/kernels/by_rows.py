@@ -174,10 +174,10 @@ class _Decode(torch.autograd.Function):
 def _pairs_of_blocks(W: Tensor, selection: Selection, like: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Blocks of latents, the indices of their pairs, and their rows of `W` [d_sae, d]."""
     order, offsets = selection.by_latent
-    starts = offsets.tolist()
     every = torch.arange(len(selection.latents), device=like.device)[order]
-    for block in row_blocks(len(W), W.shape[1]):
-        first, last = starts[block.start], starts[block.stop]
+    blocks = list(row_blocks(len(W), W.shape[1]))
+    ends = offsets[torch.tensor([0, *(block.stop for block in blocks)], device=offsets.device)].tolist()
+    for block, first, last in zip(blocks, ends, ends[1:], strict=False):
         if first < last:
             yield block, every[first:last], W.detach()[block].to(like.dtype)
 
