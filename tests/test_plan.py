@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from builders import build_lm
@@ -113,7 +114,7 @@ def test_storages_are_what_training_keeps():
     """The options are those of TrainConfig, and blocks those of the 8-bit codes."""
     for storage in STORAGES:
         options = dict(zip(storage.options.split()[::2], storage.options.split()[1::2], strict=True))
-        given = {name.removeprefix("--"): value for name, value in options.items()}
+        given: dict[str, Any] = {name.removeprefix("--"): value for name, value in options.items()}
         config = TrainConfig(site="s", activation=TopK(k=1), d_sae=8, tokens=100, **given)
         kept = (4 if config.weights == "float32" else 2) + (8 if config.moments == "float32" else 2)
         assert storage.bytes == kept + 4 * (not config.by_rows), "and the gradient, where it is held"

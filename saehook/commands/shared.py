@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -125,14 +126,16 @@ def attach(arguments: argparse.Namespace, devices: OneDevice | None = None) -> t
     `devices` share the latents."""
     from saehook.checkpoint import load_sae
 
-    mesh = getattr(devices, "mesh", None)
+    mesh, load = getattr(devices, "mesh", None), load_sae
     if mesh is not None:
         from saehook.distributed.sharded_sae import load_sharded
+
+        load = functools.partial(load_sharded, mesh=mesh)
 
     model = load_lm(arguments)
     by_site: dict[str, list[tuple[SAE, Path]]] = {}
     for folder in _only_saes(sae_folders(arguments)):
-        sae = load_sae(folder) if mesh is None else load_sharded(folder, mesh)
+        sae = load(folder)
         if sae.site is None:
             raise ArgumentError(
                 f"{folder} does not say which site it belongs to; attach it in Python with the site's name."

@@ -23,7 +23,7 @@ from saehook.distributed.collectives import add, read
 from saehook.distributed.mesh import Mesh, stripes
 from saehook.errors import ArgumentError, FormatError
 from saehook.initial_rows import indices
-from saehook.sae import SAE, LatentStats
+from saehook.sae import SAE
 
 WHAT = "SAE"
 _MATRICES = {"W_enc": 1, "W_dec": 0}
@@ -33,6 +33,11 @@ _KEPT = ("site", "site_out", "stats", "density", "mask_rule", "metadata", "sourc
 
 class ShardedSAE(SAE):
     """The latents of one process, in the place of the whole SAE."""
+
+    latents: Tensor
+    """Which of all latents are here, ascending."""
+    W_enc_here: nn.Parameter
+    W_dec_here: nn.Parameter
 
     def __init__(
         self, sae: SAE, mesh: Mesh, rows: Sequence[slice], config: SAEConfig, shared: dict[str, Tensor | None]
@@ -44,7 +49,6 @@ class ShardedSAE(SAE):
         for name in _KEPT:
             setattr(self, name, getattr(sae, name))
         self.mapped = False
-        self.latents: Tensor
         self.register_buffer("latents", indices(self.rows).to(sae.device), persistent=False)
         self.widest = int(mesh.gather(torch.tensor([len(self.latents)], device=sae.device), "latent", WHAT).max())
         """The most latents that a process has."""
@@ -74,9 +78,9 @@ class ShardedSAE(SAE):
         shared = {"b_enc": whole(sae.b_enc), "threshold": whole(threshold)}
         found = cls(sae, mesh, rows, config, shared)
         if sae.stats is not None:
-            facts: dict[str, Any] = vars(sae.stats)
             by_latent = ("max_act", "density", "mean_act", "quantiles")
-            found.stats = LatentStats(**facts | {name: whole(facts[name]) for name in by_latent})
+            facts: dict[str, Any] = {name: whole(getattr(sae.stats, name)) for name in by_latent}
+            found.stats = dataclasses.replace(sae.stats, **facts)
         return found
 
     @classmethod
@@ -97,7 +101,7 @@ class ShardedSAE(SAE):
             setattr(part, name, nn.Parameter(value))
         b_dec, skip = sae.b_dec.detach().to(device, dtype), sae.W_skip
         part.b_dec = nn.Parameter(b_dec)
-        part.W_skip = None if skip is None else nn.Parameter(skip.detach().to(device, dtype))
+        part.register_parameter("W_skip", None if skip is None else nn.Parameter(skip.detach().to(device, dtype)))
         threshold = None if sae.threshold is None else sae.threshold.detach().to(device)
         shared = {"b_enc": sae.b_enc.detach().to(device, dtype), "threshold": threshold}
         return cls(part, mesh, rows, sae.config, shared)
