@@ -400,6 +400,7 @@ def test_the_table_says_how_much_it_shows():
 def test_effects_to_first_order_and_measured_stand_apart():
     blocks = build_app(tiny(), limits=LIMITS)
     (measure,) = [fn for fn in blocks.fns.values() if fn.name == "on_measure"]
+    assert measure.fn is not None
     view = ["", (2, 4), SITES[0], "chosen latent", False, "activation", 100, 0, ""]
     reading, _, shown, _ = measure.fn(reading_of(), *view)
     assert shown["columns"][-2:] == ["loss without it, ≈", "measured"]
