@@ -87,6 +87,8 @@ class Plot:
     log_y: bool = False
     quantities: list[str] = field(default_factory=list)
     """Of the findings, side by side for all data, in place of series of its own."""
+    ticks: list[str] = field(default_factory=list)
+    """Names of the places 0, 1, 2, ... on the x axis; empty where x is a number."""
 
 
 @dataclass(frozen=True)

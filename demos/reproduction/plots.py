@@ -27,7 +27,9 @@ def draw(outcome: Outcome, file: Path) -> None:
         if plot.quantities:
             _places(axis, outcome, plot)
         for i, series in enumerate(plot.series):
-            _curve(axis, series, f"C{i % 10}")
+            _curve(axis, series, f"C{i % 10}", named=bool(plot.ticks))
+        if plot.ticks:
+            axis.set_xticks(range(len(plot.ticks)), plot.ticks, rotation=25, ha="right", fontsize=7)
         axis.set_title(short(plot.title), fontsize=9)
         axis.set_xlabel(plot.x)
         axis.set_ylabel(plot.y)
@@ -58,8 +60,8 @@ def _places(axis, outcome: Outcome, plot: Plot) -> None:
         axis.axhline(1.0, color="black", linewidth=0.6)
 
 
-def _curve(axis, series: Series, color: str) -> None:
-    line = "-" if len(series.x) > 12 else "o-"
+def _curve(axis, series: Series, color: str, *, named: bool = False) -> None:
+    line = "o" if named else "-" if len(series.x) > 12 else "o-"  # no line between places that have names
     label = series.label.replace("`", "").split(" (")[0]
     axis.plot(series.x, series.y, line, color=color, markersize=3, linewidth=1, label=label)
     _intervals(axis, series, color)

@@ -13,7 +13,7 @@ from typing import Any
 RESULTS = Path(__file__).with_name("RESULTS")
 sys.path.append(str(Path(__file__).resolve().parents[2] / "demos"))
 
-from reproduction.outcome import Plot, Series  # noqa: E402
+from reproduction.outcome import Outcome, Plot, Series  # noqa: E402
 from reproduction.plots import draw  # noqa: E402
 
 NAMES = {"d_sae": "latents", "k": "k", "batch": "tokens a step", "saes": "SAEs, trained together"}
@@ -57,10 +57,10 @@ def profile(entries: list[dict[str, Any]], part: str, batch: int) -> Plot:
 
 def main() -> None:
     file = newest("train_growth_cpu*.json")
-    draw(growth(json.loads(file.read_text())), file.with_suffix(".svg"))
+    draw(Outcome([], growth(json.loads(file.read_text()))), file.with_suffix(".svg"))
     file = newest("train_step_cpu*.json")
     entries = json.loads(file.read_text())
-    draw([profile(entries, part, 4096) for part in ("stages", "operations")], file.with_suffix(".svg"))
+    draw(Outcome([], [profile(entries, part, 4096) for part in ("stages", "operations")]), file.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
