@@ -6,6 +6,7 @@ import http.client
 import json
 import urllib.parse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
@@ -43,7 +44,8 @@ def asked(url: str, *calls: tuple[str, dict[str, Any]]) -> tuple[list[Any], list
             tools = (await session.list_tools()).tools
             return tools, [await session.call_tool(name, arguments) for name, arguments in calls]
 
-    return anyio.run(ask)
+    with ThreadPoolExecutor(1) as thread:  # Playwright leaves an event loop running in this one
+        return thread.submit(anyio.run, ask).result()
 
 
 def test_a_language_model_is_offered_the_named_endpoints(url):
