@@ -27,6 +27,8 @@ WHOLE_PARAMETERS = frozenset({"b_dec", "W_skip"})
 class OneDevice:
     """All latents and all tokens are here."""
 
+    alone = True
+    """Whether there are no other devices."""
     is_main = True
     """Whether this process writes files and speaks."""
 

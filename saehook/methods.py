@@ -418,9 +418,10 @@ def make_method(
     if target is not None:
         sae.b_enc.data = -(source.center @ sae.W_enc.detach())
     sae.W_enc.data = sae.W_enc.data.T.contiguous().T  # latent-major in memory: see kernels/sparse.py
-    if config.by_rows:
-        dtype = getattr(torch, config.weights)
-        sae.W_enc, sae.W_dec = (kernels.RowsParameter.of(matrix.to(dtype)) for matrix in (sae.W_enc, sae.W_dec))
+    if config.by_rows or (devices.alone and kernels.gradients_by_rows(sae.W_dec)):
+        for name in ("W_enc", "W_dec"):
+            matrix = getattr(sae, name).to(getattr(torch, config.weights))
+            setattr(sae, name, kernels.RowsParameter.of(matrix, streamed=config.by_rows))
     return METHODS[type(config.activation)](config, sae, (target or source).variance, devices)
 
 

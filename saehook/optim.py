@@ -75,8 +75,8 @@ class DecoderConstrainedAdam:
     ) -> None:
         """`parameters` by name; with `unit_rows` the one called `W_dec` is constrained. `clip_norm` 0 does not clip.
 
-        Matrices that are `RowsParameter`s are stepped by a `RowAdam`, for which `latents` are which of all latents are
-        here, `eight_bit` says how their moments are kept, and `seed` is of their rounding.
+        Matrices that are `RowsParameter`s are stepped by a `RowAdam`, all others whole. For the former, `latents` are which of all
+        latents are here, `eight_bit` says how their moments are kept, and `seed` is of their rounding.
         """
         self.devices = devices
         rows = {name: p for name, p in parameters.items() if isinstance(p, kernels.RowsParameter)}
@@ -117,12 +117,12 @@ class DecoderConstrainedAdam:
             remove_parallel_(self.W_dec.grad, self.W_dec)
         norm = self.devices.gradient_norm(self.parameters)
         if self.rows is not None:
-            norm = (norm.square() + self.devices.sum_latents(self.rows.square(), "scalars")).sqrt()
+            norm = torch.hypot(norm, self.rows.norm_or_bound(norm, self.clip_norm))
         taken = norm.isfinite() if allowed is None else norm.isfinite() & allowed
         # What `clip_grads_with_norm_` multiplies with.
         factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1) if self.clip_norm > 0 else None
         if self.rows is not None:  # first, since gradients may be made from the parameters
-            self.rows.step(self.lr, torch.ones_like(norm) if factor is None else factor, taken)
+            self.rows.step(self.lr, factor, taken)
         for name, stepped in self.stepped.items():
             grad = self.parameters[name].grad
             stepped.grad = grad if grad is None or stepped is self.parameters[name] else grad.T

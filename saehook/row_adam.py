@@ -1,8 +1,8 @@
-"""Adam for both matrices of an SAE, some latents at a time, straight from the pairs that a backward pass leaves behind: the
-gradient of a whole matrix is never there, weights may be in bfloat16, and moments in 8 bits.
+"""Adam for both matrices of an SAE, some latents at a time, straight from the pairs that a backward pass leaves behind: rows of the
+gradient are made, used and forgotten in the cache, weights may be in bfloat16, and moments in 8 bits.
 
 The arithmetic of a block is that of `optim.DecoderConstrainedAdam`, in float32: take from the decoder's gradient what is along
-its rows, clip, Adam, renormalise the rows. Only what is kept is rounded (`rounding`).
+its rows, clip, Adam, renormalise the rows. Where something is kept in fewer bits, only that is rounded (`rounding`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from saehook import rounding
 from saehook.devices import OneDevice
-from saehook.kernels.by_rows import RowsParameter, row_blocks
+from saehook.kernels import queued
+from saehook.kernels.row_sums import RowsParameter, gradient_bound, gradient_rows, row_blocks
 from saehook.rounding import Codes
 
 BETA2 = 0.999
@@ -40,6 +42,7 @@ class RowAdam:
         self.matrices, self.latents, self.devices = dict(matrices), latents, devices
         self.beta1, self.eps, self.eight_bit = beta1, eps, eight_bit
         self.unit_rows = unit_rows
+        self.streamed = any(matrix.streamed for matrix in matrices.values())
         self.seeds = {name: seed * len(self.matrices) + i for i, name in enumerate(sorted(self.matrices))}
         self.taken = torch.zeros((), dtype=torch.int64, device=latents.device)
         """Steps that were taken."""
@@ -61,47 +64,81 @@ class RowAdam:
         return matrix.T if name == "W_enc" else matrix
 
     @torch.no_grad()
-    def square(self) -> Tensor:
-        """Σ of the squares of all gradients, a scalar."""
+    def norm_or_bound(self, others: Tensor, clip_norm: float) -> Tensor:
+        """Norm of all gradients, a scalar; or what is at least as much and cheaper, where it shows that with the norm `others` of
+        all other gradients it is finite, and too small to be clipped at `clip_norm` (0: never clipped).
+
+        The norm needs every row of the gradients, which are then made once more for the step.
+        """
+        first = next(iter(self.matrices.values()))
+        if self.devices.alone and not queued(first.device):
+            bounds = torch.stack([gradient_bound(matrix) for matrix in self.matrices.values()])
+            bound = torch.linalg.vector_norm(bounds).to(others.dtype)
+            largest = 0.999 * clip_norm - 1e-6 if clip_norm > 0 else torch.finfo(others.dtype).max
+            if torch.hypot(bound, others) < largest:
+                return bound
         found = [
-            torch.linalg.vector_norm(grad).square()
+            torch.linalg.vector_norm(self._gradient(name, block)).square()
             for block in self._blocks()
-            for grad in self._gradients(block).values()
+            for name in self.matrices
         ]
-        return torch.stack(found).sum()
+        return self.devices.sum_latents(torch.stack(found).sum(), "scalars").sqrt()
 
     @torch.no_grad()
-    def step(self, lr: float, factor: Tensor, taken: Tensor) -> None:
-        """One step with the pending gradients times `factor`, which are dropped; nothing changes where `taken` (0-dim bool)
-        is False."""
+    def step(self, lr: float, factor: Tensor | None, taken: Tensor) -> None:
+        """One step with the gradients, times `factor` (0-dim) where it is given, which are dropped; nothing changes where `taken`
+        (0-dim bool) is False."""
         self.taken += taken
+        if not self.streamed and not queued(taken.device):
+            if taken:
+                self._step_in_place(lr, factor)
+        else:
+            self._step_streamed(lr, torch.ones_like(self.taken) if factor is None else factor, taken)
+        for matrix in self.matrices.values():
+            matrix.pending.clear()
+            matrix.grad = None
+
+    def _step_in_place(self, lr: float, factor: Tensor | None) -> None:
+        """With torch's own Adam. Matrix by matrix: fewer parts of memory are read together."""
+        steps_before = (self.taken - 1).float()
+        for name in self.matrices:
+            for block in self._blocks():
+                grad = self._gradient(name, block)
+                if factor is not None and factor < 1:
+                    grad.mul_(factor)
+                rows, mean, square = self._rows(name)[block], self._read(name, 0, block), self._read(name, 1, block)
+                adam(
+                    [rows], [grad], [mean], [square], [], [steps_before.clone()], fused=True, amsgrad=False, lr=lr,
+                    beta1=self.beta1, beta2=BETA2, eps=self.eps, weight_decay=0.0, maximize=False,
+                )  # fmt: skip
+                if self.unit_rows and name == "W_dec":
+                    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+                    rows.div_(torch.where(norm > 0, norm, 1))
+
+    def _step_streamed(self, lr: float, factor: Tensor, taken: Tensor) -> None:
         count = self.taken.clamp(min=1).double()
         size = lr / (1 - self.beta1**count)
         root = (1 - BETA2**count).sqrt()
         for block in self._blocks():
-            for name, grad in self._gradients(block).items():
+            # All of them before any is updated, since they may be made from the weights.
+            gradients = {name: self._gradient(name, block) for name in self.matrices}
+            for name, grad in gradients.items():
                 self._update(name, block, grad * factor, size, root, taken)
-        for matrix in self.matrices.values():
-            matrix.pending.clear()
 
     def _blocks(self) -> list[slice]:
         width = max(self._rows(name).shape[1] for name in self.matrices)
         return list(row_blocks(len(self.latents), width))
 
-    def _gradients(self, block: slice) -> dict[str, Tensor]:
-        """The rows of all matrices' gradients; all of them before any is updated, since they may be made from the weights."""
-        found = {}
-        for name, matrix in self.matrices.items():
-            rows = self._rows(name)[block]
-            grad = torch.zeros(rows.shape, device=rows.device, dtype=torch.promote_types(rows.dtype, torch.float32))
-            for part in matrix.pending:
-                part.add_to(grad, block)
-            self.devices.add_rows_(grad)
-            if self.unit_rows and name == "W_dec":
-                unit = rows.to(grad.dtype)
-                grad.addcmul_(unit, (grad * unit).sum(-1, keepdim=True), value=-1)
-            found[name] = grad
-        return found
+    def _gradient(self, name: str, block: slice) -> Tensor:
+        """Rows of the gradient of a matrix, from all tokens, orthogonal to its own rows where these are of length 1."""
+        grad, along = gradient_rows(self.matrices[name], block, columns=name == "W_enc")
+        self.devices.add_rows_(grad)
+        if self.unit_rows and name == "W_dec":
+            unit = self._rows(name)[block].to(grad.dtype)
+            if along is None or not self.devices.alone:
+                along = (grad * unit).sum(-1)
+            grad.addcmul_(unit, along[:, None], value=-1)
+        return grad
 
     def _update(self, name: str, block: slice, grad: Tensor, size: Tensor, root: Tensor, taken: Tensor) -> None:
         rows = self._rows(name)[block]

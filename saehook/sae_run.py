@@ -310,10 +310,11 @@ class SAERun:
     def finish(self) -> SAE:
         """The SAE of raw activations: c·x ↦ c·x_hat becomes x ↦ x_hat, with latents in units of what is reconstructed."""
         sae, scale = self.sae, self.target.scale
-        if self.config.by_rows:
+        if isinstance(sae.W_enc, kernels.RowsParameter):
             self.optimizer.release()
             for name in ("W_enc", "W_dec"):
-                setattr(sae, name, nn.Parameter(getattr(sae, name).detach().float()))
+                matrix = getattr(sae, name).detach()
+                setattr(sae, name, nn.Parameter(matrix.float() if self.config.by_rows else matrix))
         for name, average in self.averages.items():
             self.method.parameters[name].copy_(average / (1 - self.config.ema_decay**self.steps))
         if self.method.unit_rows:

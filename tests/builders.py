@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from saehook.config import Activation, BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
+from saehook.kernels.row_sums import RowsParameter, gradient_rows
 from saehook.sae import QUANTILE_LEVELS, SAE, LatentStats
 
 BOS, EOS, PAD = 0, 1, 2
@@ -208,3 +210,23 @@ def footprint(lm: nn.Module) -> tuple[Any, ...]:
         [name for name, _ in lm.named_buffers()],
         [(name, type(module)) for name, module in lm.named_modules()],
     )
+
+
+def gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Of all parameters of a method, by name, zeros where there is none; nothing stays in the parameters."""
+    loss.backward(retain_graph=True)
+    return taken_gradients(parameters)
+
+
+def taken_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The gradients that a backward pass has left in the parameters, from which they are taken."""
+    found = {}
+    for name, p in parameters.items():
+        found[name] = torch.zeros_like(p.detach()) if p.grad is None else p.grad
+        if isinstance(p, RowsParameter):
+            columns = name == "W_enc"
+            rows = gradient_rows(p, slice(0, p.shape[columns]), columns=columns)[0]
+            found[name] = rows.T if columns else rows
+            p.pending.clear()
+        p.grad = None
+    return found

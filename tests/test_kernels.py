@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saehook import activation_fns, kernels
 from saehook.errors import ArgumentError
-from saehook.kernels import dense_pairs, reference, selection, sparse
+from saehook.kernels import block_maxima, dense_pairs, reference, selection, sparse
 
 
 def problem(n: int, d_in: int, d_sae: int, shift: float = 0.0) -> list[Tensor]:
@@ -71,6 +71,18 @@ def test_sums_over_pairs_agree_with_the_definition(version, rule, n, d_in, d_sae
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_products_of_pairs_with_and_without_what_is_not_public(monkeypatch):
+    monkeypatch.setattr(sparse, "PAIRS_AT_ONCE", 7)
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 13, generator=draw, dtype=torch.float64) for n in (9, 30))
+    for n in (0, 1, 50):
+        i, j = torch.randint(9, (n,), generator=draw), torch.randint(30, (n,), generator=draw)
+        expected = (a @ b.T)[i, j]
+        torch.testing.assert_close(sparse.pair_products(a, i, b, j), expected)
+        torch.testing.assert_close(sparse.pair_products_in_public(a, i, b, j), expected)
+    assert sparse._products_of_rows is not None, "the faster one is there"
+
+
 def test_rows_without_pairs_and_latents_without_pairs():
     tensors = problem(5, 4, 8)
 
@@ -107,10 +119,11 @@ LAYOUTS = {"token-major": lambda pre: pre, "latent-major": lambda pre: pre.T.con
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(300, 40), (64, 50), (3, 7), (1, 5), (300, 256), (3, 640), (1, 128)])
+@pytest.mark.parametrize("shape", [(300, 40), (64, 50), (3, 7), (1, 5), (300, 256), (3, 640), (1, 128), (70, 104)])
 @pytest.mark.parametrize("shift", [0.0, -2.5, -9.0])
-def test_selections_are_those_of_the_definition(layout, shape, shift):
-    """Also by descent through the maxima of blocks, which is taken where 64 divides d_sae and k is small."""
+def test_selections_are_those_of_the_definition(monkeypatch, layout, shape, shift):
+    """Also by descent through the maxima of blocks of 8 and of 64, which is taken where these divide d_sae and k is small."""
+    monkeypatch.setattr(block_maxima, "ENTRIES_FROM", 0)
     for seed in range(2):
         pre = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + shift
         pre = LAYOUTS[layout](pre * torch.linspace(0.1, 3, shape[0])[:, None])  # tokens differ much
@@ -124,7 +137,8 @@ def test_selections_are_those_of_the_definition(layout, shape, shift):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_largest_first_and_only_the_first(layout):
+def test_largest_first_and_only_the_first(monkeypatch, layout):
+    monkeypatch.setattr(block_maxima, "ENTRIES_FROM", 0)
     pre = LAYOUTS[layout](torch.randn(20, 512))
     wide = kernels.topk(pre, 4, descending=True)
     values = wide.values(pre).view(20, 4)
@@ -133,7 +147,23 @@ def test_largest_first_and_only_the_first(layout):
     assert torch.equal(first.values(pre).view(20, 2), values[:, :2])
 
 
-def test_ties_within_and_between_blocks():
+def test_how_many_levels_are_looked_at():
+    levels = [
+        block_maxima.depth(torch.empty(d_sae, n, device="meta"), k)
+        for d_sae, n, k in (
+            (16384, 1024, 32),
+            (1536, 300, 32),
+            (1536, 300, 12),
+            (1536, 300, 97),
+            (1540, 300, 2),
+            (64, 64, 1),
+        )
+    ]
+    assert levels == [2, 1, 2, 0, 0, 0]
+
+
+def test_ties_within_and_between_blocks(monkeypatch):
+    monkeypatch.setattr(block_maxima, "ENTRIES_FROM", 0)
     pre = torch.zeros(128, 5).T  # every block and every part of one is as good as any other
     for k in (1, 2):
         assert kernels.topk(pre + 1, k).positions.unique().numel() == 5 * k

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import gradients, taken_gradients
 from planted import D_IN, SITE, planted
 from torch import Tensor
 
@@ -101,32 +102,27 @@ def test_the_gradient_is_that_of_the_loss_and_once_the_auxiliary_loss_of_the_who
     run, batches = run_of(name, auxk_coefficient=0.3, dead_after_tokens=BATCH, k_aux=3)
     run.sae.W_enc.data[:, :20] *= 0.01  # not among the largest
     x = batches[0] * run.facts.scale
-    sae, parameters = run.sae, list(run.method.parameters.values())
+    sae, parameters = run.sae, run.method.parameters
     terms = run.method.terms(x, x, 0)
     dead = (terms.fired == 0).nonzero().view(-1)
     assert dead.numel() >= 15
-    without = torch.autograd.grad(terms.loss, parameters)
-    for parameter, gradient in zip(parameters, without, strict=True):
-        parameter.grad = gradient.clone()
+    without = gradients(terms.loss, parameters)
+    terms.loss.backward(retain_graph=True)
     weights = Weights(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
     add_auxk_gradient(x, (x - terms.x_hat).detach(), weights, dead, 3, 0.3)
-    expected = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
-    run.optimizer.adam.zero_grad()
-    for parameter in parameters:
-        parameter.grad = None
-    seen: list[Tensor] = []
-    step = run.optimizer.step
+    expected = taken_gradients(parameters)
+    seen: dict[str, Tensor] = {}
 
-    def look(*arguments: Any) -> Tensor:
-        seen.extend(p.grad.clone() for p in parameters if p.grad is not None)
-        return step(*arguments)
+    def look(*_: Any) -> Tensor:
+        seen.update(taken_gradients(parameters))
+        return torch.tensor(True)
 
     monkeypatch.setattr(run.optimizer, "step", look)
     run.step({SITE: batches[0]})
     assert torch.equal(run.dead, dead)
-    for got, want, less in zip(seen, expected, without, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
-        assert not torch.allclose(got, less, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-7)
+    for name, less in without.items():
+        assert not torch.allclose(seen[name], less, rtol=1e-3, atol=1e-5), name
 
 
 def test_the_batch_does_not_set_the_loss_of_its_tokens():

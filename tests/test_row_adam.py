@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed_cases import CONFIGS, SITE, assert_near, config, double_run, tokens
+from torch import nn
 
 from saehook import kernels
 from saehook.batches import InputFacts
 from saehook.config import TopK, TrainConfig
 from saehook.devices import OneDevice
 from saehook.errors import ArgumentError
-from saehook.kernels import by_rows, running
+from saehook.kernels import RowsParameter, Selection, by_rows, row_sums, running
+from saehook.kernels.row_sums import RowSums
 from saehook.sae_run import SAERun
 
 METHODS = [name for name in CONFIGS if not {"ema_decay", "decoder_norm_penalty"} & set(CONFIGS[name])]
@@ -27,7 +30,8 @@ METHODS = [name for name in CONFIGS if not {"ema_decay", "decoder_norm_penalty"}
 @pytest.mark.parametrize("name", METHODS)
 def test_steps_by_rows_are_the_usual_steps(name, many, monkeypatch):
     """In float64, with small blocks of latents; with `many` the latents that fire are too many for lists of them."""
-    monkeypatch.setattr(by_rows, "WEIGHTS_AT_ONCE", 60)  # five rows
+    for module in (by_rows, row_sums):
+        monkeypatch.setattr(module, "WEIGHTS_AT_ONCE", 60)  # five rows
     monkeypatch.setattr(running, "DENSE_ENTRIES", 7 * 54)
     monkeypatch.setattr(kernels, "SPARSE_SHARE", 0.0 if many else 1.0)
     settings = config(name)
@@ -51,8 +55,91 @@ def test_steps_by_rows_are_the_usual_steps(name, many, monkeypatch):
         assert b.metrics["auxk"] > 0
 
 
-def test_nothing_changes_where_something_is_not_finite():
-    settings = config("topk, auxk", weights="bfloat16", moments="8-bit")
+@pytest.mark.parametrize("clip_norm", [1e3, 0.02], ids=["free", "clipped"])
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_in_place_are_those_of_whole_matrices(name, kernel, clip_norm, monkeypatch):
+    """What a CPU does by default, against dense gradients and torch's Adam over whole matrices, in float64."""
+    monkeypatch.setattr(row_sums, "WEIGHTS_AT_ONCE", 60)
+    monkeypatch.setattr(kernels, "ROWS_FROM", 0)
+    settings, facts = config(name, clip_norm=clip_norm), InputFacts.measure(tokens(500, 0), SITE)
+    monkeypatch.setenv("SAEHOOK_KERNELS", "reference")
+    whole = double_run(settings, OneDevice(), facts)
+    monkeypatch.setenv("SAEHOOK_KERNELS", kernel)
+    run = double_run(settings, OneDevice(), facts)
+    assert whole.optimizer.rows is None
+    assert run.optimizer.rows is not None
+    for step in range(4):
+        batch = {SITE: tokens(54, 100 + step)}
+        run.step(batch)
+        with monkeypatch.context() as m:
+            m.setenv("SAEHOOK_KERNELS", "reference")
+            whole.step(batch)
+        for key, value in whole.state()[0].items():
+            if key != "run.dead":
+                found = run.state()[0][key]
+                assert_near(found.double(), value.double(), (step, key), 1e-12 if step == 0 else 1e-9)
+    found, expected = run.finish(), whole.finish()
+    assert type(found.W_enc) is type(found.W_dec) is nn.Parameter
+    assert_near(found.W_enc.double(), expected.W_enc.double(), name, 1e-9)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_rows_of_a_gradient_and_what_its_norm_is_at_most(columns):
+    """Lists of pairs, some of them of one latent; then with rows of some latents, too; then with a whole gradient beside both."""
+    draw = torch.Generator().manual_seed(0)
+    matrix = RowsParameter.of(torch.zeros(*((6, 50) if columns else (50, 6))).double(), streamed=False)
+    source, weights = torch.randn(20, 6, generator=draw).double(), torch.randn(300, generator=draw).double()
+    tokens, latents = torch.randint(20, (300,), generator=draw), torch.randint(40, (300,), generator=draw)
+    expected = torch.zeros(50, 6).double().index_add_(0, latents, weights[:, None] * source[tokens])
+
+    def check() -> None:
+        blocks = (slice(0, 7), slice(7, 45), slice(45, 50))
+        found = torch.cat([row_sums.gradient_rows(matrix, block, columns=columns)[0] for block in blocks])
+        torch.testing.assert_close(found, expected)
+        assert float(expected.norm()) <= float(row_sums.gradient_bound(matrix)) <= 10 * float(expected.norm())
+
+    matrix.pending.append(RowSums.of(source, Selection(tokens, latents, 20, 50), weights))
+    check()
+    some, acts = torch.tensor([3, 44]), torch.randn(2, 20, generator=draw).double()
+    for half in (slice(10), slice(10, 20)):
+        row_sums.add_product(matrix, some, acts[:, half], source[half], columns=columns)
+    assert len(matrix.pending) == 2
+    expected[some] += acts @ source
+    check()
+    whole = torch.randn(50, 6, generator=draw).double()
+    matrix.grad = whole.T.clone() if columns else whole.clone()
+    expected += whole
+    check()
+    torch.testing.assert_close(matrix.grad, whole.T if columns else whole)
+
+
+def test_the_bound_is_the_norm_where_all_vectors_of_a_latent_are_one():
+    pairs = Selection(torch.arange(6), torch.tensor([0, 0, 0, 2, 2, 3]), 6, 4)
+    sums = RowSums.of(torch.full((6, 5), 0.3), pairs, torch.full((6,), 2.0))
+    assert float(sums.bound()) == pytest.approx(float(sums.rows(slice(0, 4)).norm()), rel=1e-6)
+    assert math.isnan(float(RowSums.of(torch.full((6, 5), math.nan), pairs, torch.ones(6)).bound()))
+
+
+def test_steps_in_place_go_on_from_a_checkpoint_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(kernels, "ROWS_FROM", 0)
+    facts = InputFacts.measure(tokens(500, 0).float(), SITE)
+    first, second = (SAERun(config("topk, auxk", tokens=54 * 100), "run", facts) for _ in range(2))
+    for step in range(3):
+        first.step({SITE: tokens(54, step).float()})
+    tensors, data = first.state()
+    second.load_state({name: x.clone() for name, x in tensors.items()}, data)
+    for step in range(3, 6):
+        for run in (first, second):
+            run.step({SITE: tokens(54, step).float()})
+    for name, x in first.state()[0].items():
+        assert torch.equal(second.state()[0][name], x), name
+
+
+@pytest.mark.parametrize("kept", [{"weights": "bfloat16", "moments": "8-bit"}, {}], ids=["fewer bits", "in place"])
+def test_nothing_changes_where_something_is_not_finite(kept, monkeypatch):
+    monkeypatch.setattr(kernels, "ROWS_FROM", 0)
+    settings = config("topk, auxk", **kept)
     run = SAERun(settings, "run", InputFacts.measure(tokens(500, 0).float(), SITE))
     run.step({SITE: tokens(54, 1).float()})
     before = {name: x.clone() for name, x in run.state()[0].items() if not name.startswith(("run.bad", "sums"))}

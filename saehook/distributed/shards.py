@@ -39,6 +39,8 @@ LATENT_AXES = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0}
 class Shards(OneDevice):
     """One of the devices of a mesh."""
 
+    alone = False
+
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self.is_main = mesh.rank == 0
@@ -133,7 +135,7 @@ class Shards(OneDevice):
     ) -> tuple[Tensor, kernels.Selection]:
         # All take the same way: the shards differ by a latent.
         widest = self.widest(d_sae)
-        if not (isinstance(W_enc, kernels.RowsParameter) or running.too_many(len(x), widest, x.device)):
+        if not (kernels.is_streamed(W_enc) or running.too_many(len(x), widest, x.device)):
             pick = functools.partial(self.topk, k=k, d_sae=d_sae)
             return kernels.encode(x, W_enc, b_enc, center, pick, k=k, scratch=scratch)
         with torch.no_grad():

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from saehook.kernels import by_rows, dense, dense_pairs, product, reference, running, sparse
 from saehook.kernels.blockwise import encode_above, encode_topk
-from saehook.kernels.by_rows import RowsParameter, add_product
 from saehook.kernels.choice import forced as _forced
 from saehook.kernels.choice import log_once as _log_once
 from saehook.kernels.choice import uses_triton
 from saehook.kernels.comparison import ones_above
 from saehook.kernels.device import queued
 from saehook.kernels.reference import Activated, Autoencoded, Encoded, Rule, Select
+from saehook.kernels.row_sums import RowsParameter, add_product, is_streamed
 from saehook.kernels.running import Largest, Pairs, largest_of_batch, largest_of_each_token
 from saehook.kernels.scratch import Scratch
 from saehook.kernels.selection import Selection, above, batch_topk, topk
@@ -53,6 +53,8 @@ __all__ = [
     "encode",
     "encode_above",
     "encode_topk",
+    "gradients_by_rows",
+    "is_streamed",
     "is_wide",
     "largest_of_batch",
     "largest_of_each_token",
@@ -74,8 +76,9 @@ time than d_sae of a product (790 TFLOP/s)."""
 SPARSE_SHARE = 1 / 16
 """Share of the pairs up to which `autoencode` is sparse. On a CPU sums cost as much as products at 1 / 8 (measured at
 768 -> 16384 and 256 -> 4096), but with their lists and numbers each pair takes some 80 bytes."""
-
-
+ROWS_FROM = 2**22
+"""Numbers of a matrix from which rows of its gradient are made where they are used: 16 MiB in float32. Smaller ones stay in a CPU's
+cache, and whole steps are as fast (measured: equal at 512 -> 8192, a tenth less time at 768 -> 16384)."""
 WIDE_FROM = 2**18
 """d_sae from which runs encode some latents at a time: on a prompt of 128 tokens, 128 MiB of dense float32."""
 
@@ -105,7 +108,7 @@ def decode(values: Tensor, W_dec: Tensor, selection: Selection, *, k: int, scrat
 
     `scratch` gets W_dec's gradient in the backward pass, so give it to one call of a step only.
     """
-    if isinstance(W_dec, RowsParameter):
+    if is_streamed(W_dec):
         return by_rows.decode(values, W_dec, selection)
     version = choose(selection.d_sae, k, values.device)
     if version == "reference":
@@ -163,7 +166,7 @@ def autoencode(
     `scratch` gets the pre-activations, which must stay until the backward pass, and there the gradients of both matrices.
     """
     forced = _forced().replace("triton", "")  # there is none for any number of pairs
-    if isinstance(W_enc, RowsParameter) or (not forced and some_at_a_time(len(x), W_enc)):
+    if is_streamed(W_enc) or (not forced and some_at_a_time(len(x), W_enc)):
         return _autoencode_some_at_a_time(x, W_enc, b_enc, b_dec, W_dec, rule, per_latent, lower, scratch)
     if forced == "reference":
         return reference.autoencode(x, W_enc, b_enc, b_dec, W_dec, rule, per_latent)
@@ -183,7 +186,12 @@ def autoencode(
 
 def some_at_a_time(n_tokens: int, W_enc: Tensor) -> bool:
     """Whether a step encodes some latents at a time, so that never all pre-activations are there."""
-    return isinstance(W_enc, RowsParameter) or running.too_many(n_tokens, W_enc.shape[1], W_enc.device)
+    return is_streamed(W_enc) or running.too_many(n_tokens, W_enc.shape[1], W_enc.device)
+
+
+def gradients_by_rows(matrix: Tensor) -> bool:
+    """Whether a matrix in training is best a `RowsParameter`: a large one on a CPU, but for SAEHOOK_KERNELS=reference."""
+    return not queued(matrix.device) and matrix.numel() >= ROWS_FROM and _forced() != "reference"
 
 
 def selected(
@@ -196,9 +204,8 @@ def selected(
     scratch: Scratch | None = None,
 ) -> Tensor:
     """The pre-activations `values` [m] of pairs, however they were found, of `centred` = x - `b_dec`, with their gradients."""
-    if isinstance(W_enc, RowsParameter):
-        return by_rows.selected(values, centred, W_enc, b_enc, b_dec, selection)
-    module = _over_pairs("triton" if uses_triton(values.device) else "sparse")
+    triton = uses_triton(values.device) and not is_streamed(W_enc)
+    module = _over_pairs("triton" if triton else "sparse")
     return module.selected(values, centred, W_enc, b_enc, b_dec, selection, scratch)
 
 
@@ -225,10 +232,10 @@ def _autoencode_some_at_a_time(
     fired = torch.zeros(len(b_enc), device=x.device).index_add_(0, pairs.latents, (acts.detach() > 0).float())
     fixed = None
     if frozen is not None:
-        rows = isinstance(W_dec, RowsParameter)
-        fixed = (
-            by_rows.decode(frozen, W_dec, pairs, frozen=True) if rows else sparse.decode(frozen, W_dec.detach(), pairs)
-        )
+        if is_streamed(W_dec):
+            fixed = by_rows.decode(frozen, W_dec, pairs, frozen=True)
+        else:
+            fixed = sparse.decode(frozen, W_dec.detach(), pairs)
     return Autoencoded(decode(acts, W_dec, pairs, k=1, scratch=scratch), cost.sum(), fired, fixed)
 
 

@@ -13,18 +13,27 @@ from torch import Tensor
 WIDTH = 8
 """Each level has that many times fewer entries than the one below."""
 BLOCK = WIDTH * WIDTH
+"""Entries that the highest level compares as one."""
 
 
-def applies(d_sae: int, k: int) -> bool:
-    """Whether blocks fit, and are enough more than k that looking at them first pays."""
-    return d_sae % BLOCK == 0 and d_sae // BLOCK >= 2 * k
+ENTRIES_FROM = 2**17
+"""Below so many, operations cost more to start than they compute."""
+
+
+def depth(by_latent: Tensor, k: int) -> int:
+    """Levels above the entries [d_sae, n_tokens] themselves, at most two: as many as have whole blocks, and enough more than k that
+    looking at them first pays."""
+    d_sae = len(by_latent)
+    if by_latent.numel() < ENTRIES_FROM:
+        return 0
+    return max(n for n in (0, 1, 2) if n == 0 or (d_sae % WIDTH**n == 0 and d_sae // WIDTH**n >= 2 * k))
 
 
 def largest_of_each_token(by_latent: Tensor, k: int, *, descending: bool = False) -> Tensor:
-    """The latents of the k largest of each token, [n_tokens, k]."""
+    """The latents of the k largest of each token, [n_tokens, k]; with a `depth` above 0."""
     n_tokens = by_latent.shape[1]
     tokens = torch.arange(n_tokens)[:, None]
-    top, *below = _levels(by_latent)
+    top, *below = _levels(by_latent, k)
     rows = top.T.contiguous().topk(k, sorted=False).indices
     for level in below:
         parts = (rows[:, :, None] * WIDTH + torch.arange(WIDTH)).view(n_tokens, -1)
@@ -33,10 +42,11 @@ def largest_of_each_token(by_latent: Tensor, k: int, *, descending: bool = False
     return rows
 
 
-def largest_of_all(by_latent: Tensor, n: int) -> Tensor:
-    """Where the n largest of all tokens together are in the flat tensor (latent * n_tokens + token), [n]."""
+def largest_of_all(by_latent: Tensor, k: int) -> Tensor:
+    """Where the n_tokens x k largest of all tokens together are in the flat tensor (latent * n_tokens + token)."""
     n_tokens = by_latent.shape[1]
-    top, *below = _levels(by_latent)
+    n = n_tokens * k
+    top, *below = _levels(by_latent, k)
     positions = top.view(-1).topk(n, sorted=False).indices
     for level in below:
         # Row r of a level is rows r * WIDTH ... of the one below, at the same token.
@@ -56,8 +66,10 @@ def largest_of_flat(entries: Tensor, n: int) -> Tensor:
     return chosen[best // BLOCK] * BLOCK + best % BLOCK
 
 
-def _levels(by_latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Maxima of 64 latents, of 8, and the entries."""
+def _levels(by_latent: Tensor, k: int) -> list[Tensor]:
+    """The entries, below the maxima of 8 latents, below those of 64, as many as `depth` says: the highest first."""
     n_tokens = by_latent.shape[1]
-    eights = by_latent.view(-1, WIDTH, n_tokens).amax(1)
-    return eights.view(-1, WIDTH, n_tokens).amax(1), eights, by_latent
+    levels = [by_latent]
+    for _ in range(depth(by_latent, k)):
+        levels.insert(0, levels[0].view(-1, WIDTH, n_tokens).amax(1))
+    return levels

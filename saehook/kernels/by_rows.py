@@ -1,140 +1,32 @@
-"""A step whose weights are read some latents at a time and whose gradients are never whole: for SAEs of which a device can hold
-the weights, and little else.
+"""A step whose weights are read some latents at a time, since they may be in bfloat16 and are not to be there whole in the dtype of
+the tokens, in which all arithmetic is: for SAEs of which a device can hold the weights, and little else.
 
-The matrices are `RowsParameter`s: what a backward pass finds out is left in their `pending`, as lists of pairs from which an
-optimiser makes the rows of the gradient when it comes to them (`row_adam`). They may be in bfloat16; all arithmetic is in the
-dtype of the tokens.
+The matrices are streamed `RowsParameter`s, whose gradients are never whole either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saehook.kernels.product import mm
 from saehook.kernels.reference import Autoencoded, Rule
+from saehook.kernels.row_sums import WEIGHTS_AT_ONCE, RowSums, is_streamed, row_blocks, sum_rows
 from saehook.kernels.running import encode_block
 from saehook.kernels.selection import Selection
-from saehook.kernels.sparse import sum_rows
+from saehook.kernels.sparse import pair_products, some_columns_product
 
-WEIGHTS_AT_ONCE = 2**22
-"""Numbers of a matrix that are there in the dtype of the tokens at once, at most: 16 MiB in float32."""
 ACTS_AT_ONCE = 2**24
 """Pre-activations in a block of `autoencode`, at most."""
-
-
-class RowGradient(Protocol):
-    """A part of the gradient of a matrix with a row for each latent."""
-
-    def add_to(self, rows: Tensor, latents: slice) -> None:
-        """Add the rows of some latents to `rows` [latents, d]."""
-        ...
-
-
-class RowsParameter(nn.Parameter):
-    """A matrix with a row or, as W_enc, a column for each latent, whose gradient is what stands in `pending`."""
-
-    pending: list[RowGradient]
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> RowsParameter:
-        """On the memory of `matrix`, with no gradient yet."""
-        made = cls(matrix.detach())  # pyright: ignore[reportCallIssue]
-        made.pending = []
-        return made
-
-
-class RowSums(NamedTuple):
-    """Row i: Σ weight · source[token] over the pairs of latent i."""
-
-    source: Tensor
-    """[n_tokens, d]."""
-    tokens: Tensor
-    """[m], of the pairs in the order of their latents."""
-    weights: Tensor
-    """[m]."""
-    offsets: Tensor
-    """Where each latent's pairs begin, [latents + 1], on the host."""
-
-    @classmethod
-    def of(cls, source: Tensor, selection: Selection, weights: Tensor) -> RowSums:
-        """`weights` [m] of the pairs in the order of the selection; those that weigh nothing are left out."""
-        order, offsets = selection.by_latent
-        return cls(source, selection.tokens[order], weights[order], offsets.cpu())
-
-    def add_to(self, rows: Tensor, latents: slice) -> None:
-        first, last = int(self.offsets[latents.start]), int(self.offsets[latents.stop])
-        if first < last:
-            starts = (self.offsets[latents.start : latents.stop + 1] - first).to(rows.device)
-            rows += sum_rows(self.source, self.tokens[first:last], starts, self.weights[first:last])
-
-
-def row_blocks(d_sae: int, width: int) -> Iterator[slice]:
-    """Latents whose rows are there together."""
-    size = max(1, WEIGHTS_AT_ONCE // max(1, width))
-    return (slice(first, min(first + size, d_sae)) for first in range(0, d_sae, size))
-
-
-def selected(
-    values: Tensor, centred: Tensor, W_enc: RowsParameter, b_enc: Tensor, b_dec: Tensor, selection: Selection
-) -> Tensor:
-    """As `sparse.selected`."""
-    return _Encode.apply(values, centred, W_enc, b_enc, b_dec, selection)
 
 
 def decode(values: Tensor, W_dec: Tensor, selection: Selection, *, frozen: bool = False) -> Tensor:
     """As `sparse.decode`; with `frozen` the matrix gets no gradient."""
     return _Decode.apply(values, W_dec, selection, frozen)
-
-
-def add_product(
-    parameter: Tensor, latents: Tensor, by_latent: Tensor, source: Tensor, *, columns: bool = False
-) -> None:
-    """Add `by_latent` [some, n] @ `source` [n, d] to the gradient of the rows `latents` [some], ascending, of a matrix with a row
-    for each latent; `columns`: of W_enc, which has columns."""
-    if isinstance(parameter, RowsParameter):
-        places, tokens = by_latent.nonzero(as_tuple=True)
-        pairs = Selection(tokens, latents[places], len(source), parameter.shape[columns], order="latent")
-        parameter.pending.append(RowSums.of(source, pairs, by_latent[places, tokens]))
-        return
-    assert parameter.grad is not None
-    grad = parameter.grad.T if columns else parameter.grad
-    grad.index_add_(0, latents, mm(by_latent, source))
-
-
-def _product(W_enc: Tensor, d_b_enc: Tensor) -> Tensor:
-    """W_enc @ d_b_enc, some columns at a time."""
-    total = d_b_enc.new_zeros(len(W_enc))
-    for block in row_blocks(len(d_b_enc), len(W_enc)):
-        total += W_enc[:, block].to(d_b_enc.dtype) @ d_b_enc[block]
-    return total
-
-
-class _Encode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        centred: Tensor,
-        W_enc: RowsParameter,
-        b_enc: Tensor,
-        b_dec: Tensor,
-        selection: Selection,
-    ) -> Tensor:
-        ctx.centred, ctx.W_enc, ctx.selection = centred, W_enc, selection
-        return values.view_as(values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        W_enc, selection = ctx.W_enc, ctx.selection
-        d_b_enc = grad.new_zeros(W_enc.shape[1]).index_add_(0, selection.latents, grad)
-        W_enc.pending.append(RowSums.of(ctx.centred, selection, grad))
-        return None, None, None, d_b_enc, -_product(W_enc.detach(), d_b_enc), None
 
 
 class _Decode(torch.autograd.Function):
@@ -156,16 +48,7 @@ class _Decode(torch.autograd.Function):
         W_dec, selection, grad = ctx.W_dec, ctx.selection, grad.contiguous()
         d_values = torch.empty_like(values)
         for block, some, rows in _pairs_of_blocks(W_dec, selection, values):
-            pairs = Selection(selection.tokens[some], selection.latents[some] - block.start, len(grad), len(rows))
-            order, offsets = pairs.by_latent
-            # What differentiates Σ value · grad[token] for a value, when its gradient is W_dec: see `sparse._Decode`.
-            weights = values[some][order].detach().requires_grad_()
-            with torch.enable_grad():
-                summed = sum_rows(grad, pairs.tokens[order], offsets, weights)
-            (found,) = torch.autograd.grad(summed, weights, rows)
-            d_values[some] = (
-                torch.empty_like(found).index_copy_(0, order, found) if not isinstance(order, slice) else found
-            )
+            d_values[some] = pair_products(grad, selection.tokens[some], rows, selection.latents[some] - block.start)
         if not ctx.frozen:
             W_dec.pending.append(RowSums.of(grad, selection, values))
         return d_values, None, None, None
@@ -232,7 +115,7 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         step, (W_enc, W_dec) = ctx.step, ctx.matrices
         step.d_decoded, step.d_cost, _, step.d_frozen = grads
-        whole = not isinstance(W_enc, RowsParameter)
+        whole = not is_streamed(W_enc)
         d_W_enc = torch.empty_like(W_enc.T, memory_format=torch.contiguous_format) if whole else None
         d_W_dec = torch.empty_like(W_dec) if whole else None
         d_b_enc = torch.empty_like(step.b_enc)
@@ -247,7 +130,7 @@ class _Again(torch.autograd.Function):
         if not whole:
             W_enc.pending.append(_Part(step, "W_enc"))
             W_dec.pending.append(_Part(step, "W_dec"))
-        d_b_dec = -_product(step.W_enc, d_b_enc)
+        d_b_dec = -some_columns_product(step.W_enc, d_b_enc)
         return None, None if d_W_enc is None else d_W_enc.T, d_b_enc, d_b_dec, d_W_dec, None, *d_per_latent
 
 
@@ -315,3 +198,6 @@ class _Part(NamedTuple):
             if first < last:
                 found = getattr(self.step.gradients(block), self.name)
                 rows[first - latents.start : last - latents.start] += found[first - block.start : last - block.start]
+
+    def bound(self) -> Tensor:
+        return torch.tensor(torch.inf, dtype=torch.float64)  # not known for less than the rows cost

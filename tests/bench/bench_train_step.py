@@ -7,7 +7,7 @@ A step is `SAERun.step`: forward, backward, dead latents, AuxK, clipping, Adam, 
 trainer takes by default. The product is `F.linear` with fresh output. Both are interleaved in one process, in random order;
 ratios are medians of the paired ratios. The penalised methods are measured with about 64 latents firing per token, and with
 half of all firing ("many"), as early in training. `topk+auxk` has a tenth of its latents dead.
-`memory_over_pre_activations` is what a step holds at most above model, gradients and optimiser, in units of
+`memory_over_pre_activations` is what a step holds at most above model and optimiser, gradients with it, in units of
 batch x d_sae x 4 bytes. `profile` says how a step's seconds are spent, by stage and by kind of operation. `--peers` adds the
 steps of other libraries (`peers.py`), which it installs first; `--only --peers` times nothing else. `--growth` shows how the
 cost of a topk step grows with d_sae, k, the batch and the number of SAEs instead (`plots.py` draws it). On a busy machine:
@@ -127,7 +127,6 @@ def measure(
         run, scratch = make_run(what, x, d_sae), Scratch()
         step = stepper(run, x, scratch)
         seconds = interleaved({"product": lambda: F.linear(x, weight, bias), "step": step}, repeats, clock)
-        gradients = sum(p.nbytes for p in run.method.parameters.values())
         yield {
             "what": what,
             "d_in": d_in,
@@ -138,8 +137,7 @@ def measure(
             "seconds": statistics.median(seconds["step"]),
             "seconds_encoder_product": statistics.median(seconds["product"]),
             "ratio_to_encoder_product": ratio(seconds, "step", "product"),
-            # The gradients of the matrices lie in `scratch`.
-            "memory_over_pre_activations": (peak_bytes(step) + scratch.nbytes - gradients) / (4 * batch * d_sae),
+            "memory_over_pre_activations": (peak_bytes(step) + scratch.nbytes) / (4 * batch * d_sae),
             "profile": {"stages": stages(run, x, scratch), "operations": operations(step)},
         }
 

@@ -121,7 +121,8 @@ class Ours:
         )  # fmt: skip
         run = SAERun(config, "topk", facts)
         if peer == "saelens":
-            run.optimizer.W_dec = None
+            assert run.optimizer.rows is not None
+            run.optimizer.rows.unit_rows = False
         return cls(run, batches, Scratch())
 
     def start(self, path: Path) -> None:
