@@ -10,7 +10,9 @@ import argparse
 import hashlib
 import json
 import re
+import statistics
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATION = ROOT / "checkpoints" / "eval.json"
@@ -86,15 +88,15 @@ def training() -> str:
     r = rows[0]
     lines.append(
         f"\nWhole steps of the trainer, {r['d_in']} → {r['d_sae']:,}, against the one product that none can "
-        f"do without; memory above model, gradients and optimiser. {r['threads']} CPU threads, torch {r['torch']}; medians of one "
+        f"do without; memory above model and optimiser, gradients with it. {r['threads']} CPU threads, torch {r['torch']}; medians of one "
         "interleaved run of `python tests/bench/bench_train_step.py`."
     )
     return "\n".join(lines)
 
 
 def peers() -> str:
-    """The newest recorded run of tests/bench/bench_train_step.py --only --peers."""
-    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("peers_cpu*.json"))[-1]
+    """The recorded runs of tests/bench/bench_train_step.py --only --peers: the newest, and in a sentence those before it."""
+    *before, file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("peers_cpu*.json"))
     rows = json.loads(file.read_text())
     lines = [
         "| | seconds a step | × the encoder's product | × ours | losses differ by |",
@@ -111,7 +113,21 @@ def peers() -> str:
         f"losses compared over the first 20 steps. {r['threads']} CPU threads, torch {r['torch']}; medians, each peer "
         "interleaved with ours, by `python tests/bench/bench_train_step.py --only --peers`."
     )
+    for file in before:
+        other = json.loads(file.read_text())
+        lines[-1] += (
+            f" The faster the product, the more all else weighs: above it took {_product(rows):.2f} s; on a processor that needed "
+            f"{_product(other):.2f} s, the version of {file.stem.rpartition('_')[2]} was "
+            + ", ".join(f"{r['ratio_to_ours']:.1f}" for r in other[:-1])
+            + f" and {other[-1]['ratio_to_ours']:.1f} times as fast as "
+            + ", ".join(r["what"] for r in other[:-1])
+            + f" and {other[-1]['what']} (`{file.name}`)."
+        )
     return "\n".join(lines)
+
+
+def _product(rows: list[dict[str, Any]]) -> float:
+    return statistics.median(r["seconds_encoder_product"] for r in rows)
 
 
 def startup() -> str:

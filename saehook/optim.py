@@ -158,8 +158,11 @@ class DecoderConstrainedAdam:
             self.rows.load_state(state)
         for name, stepped in self.stepped.items():
             found = {key.rpartition(".")[2]: value for key, value in state.items() if key.rpartition(".")[0] == name}
-            # Where nothing is found the parameter has had no gradient yet.
-            self.adam.state[stepped] = {key: value.to(stepped.device, copy=True) for key, value in found.items()}
+            # Where nothing is found the parameter has had no gradient yet. A `RowAdam` counts its steps in whole numbers.
+            self.adam.state[stepped] = {
+                key: value.to(stepped.device, torch.float32 if key == "step" else value.dtype, copy=True)
+                for key, value in found.items()
+            }
             if not found:
                 del self.adam.state[stepped]
         self.taken = taken

@@ -136,6 +136,26 @@ def test_steps_in_place_go_on_from_a_checkpoint_bit_for_bit(monkeypatch):
         assert torch.equal(second.state()[0][name], x), name
 
 
+@pytest.mark.parametrize("rows_first", [True, False])
+def test_a_checkpoint_of_one_way_goes_on_in_the_other(rows_first, monkeypatch):
+    """As where a run of one CPU goes on on several, or on a GPU."""
+    facts, runs = InputFacts.measure(tokens(500, 0), SITE), []
+    for rows_from in (0, 2**22) if rows_first else (2**22, 0):
+        monkeypatch.setattr(kernels, "ROWS_FROM", rows_from)
+        runs.append(double_run(config("batchtopk, auxk"), OneDevice(), facts))
+    first, second = runs
+    assert (first.optimizer.rows is None) != (second.optimizer.rows is None)
+    for step in range(3):
+        first.step({SITE: tokens(54, step)})
+    tensors, data = first.state()
+    second.load_state({name: x.clone() for name, x in tensors.items()}, data)
+    for step in range(3, 6):
+        for run in (first, second):
+            run.step({SITE: tokens(54, step)})
+    for name, x in first.state()[0].items():
+        assert_near(second.state()[0][name].double(), x.double(), name, 1e-9)
+
+
 @pytest.mark.parametrize("kept", [{"weights": "bfloat16", "moments": "8-bit"}, {}], ids=["fewer bits", "in place"])
 def test_nothing_changes_where_something_is_not_finite(kept, monkeypatch):
     monkeypatch.setattr(kernels, "ROWS_FROM", 0)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from saehook.kernels.product import mm
 from saehook.kernels.selection import Selection
 
-WEIGHTS_AT_ONCE = 2**21
-"""Numbers of a matrix that are treated together: 8 MiB in float32. With fewer, starting the operations costs more than memory
+WEIGHTS_AT_ONCE = 2**22
+"""Numbers of a matrix that are treated together: 16 MiB in float32. With fewer, starting the operations costs more than memory
 saves."""
 
 
