@@ -88,8 +88,8 @@ def training() -> str:
     r = rows[0]
     lines.append(
         f"\nWhole steps of the trainer, {r['d_in']} → {r['d_sae']:,}, against the one product that none can "
-        f"do without; memory above model and optimiser, gradients with it. {r['threads']} CPU threads, torch {r['torch']}; medians of one "
-        "interleaved run of `python tests/bench/bench_train_step.py`."
+        f"do without; memory above model and optimiser, gradients with it. {r['threads']} CPU threads, torch {r['torch']}; "
+        "medians of one interleaved run of `python tests/bench/bench_train_step.py`."
     )
     return "\n".join(lines)
 
