@@ -17,7 +17,7 @@ import torch
 from golden.runs import CASES, D_SAE, FILE, LENGTHS, run
 from planted import TRUE
 
-JITTERS = {"short": 5, "long": 3}
+JITTERS = {"short": 5, "long": 5}  # what stands there of long runs, but of multitopk, was taken with 3
 LEAST = {"l0": 2e-3, "dead_share": 1.5 / D_SAE, "recall": 1.5 / TRUE}
 
 
