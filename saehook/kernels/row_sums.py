@@ -1,5 +1,6 @@
-"""Gradients of matrices with a row for each latent that are never there whole: what a backward pass finds out is left as lists of
-pairs, from which an optimiser makes some rows when it comes to them (`row_adam`).
+"""Gradients of matrices with a row for each latent that need not be there whole: what a backward pass finds out is left as lists of
+pairs, from which an optimiser makes some rows when it comes to them (`row_adam`). Where most latents fire, and so every row is a
+product anyway, a matrix that is not `streamed` has an ordinary gradient instead.
 
 A whole gradient would be written to memory and read again, once for its norm and once for Adam; its rows, where they are used at
 once, stay in the cache.
