@@ -72,7 +72,7 @@ def add_auxk_gradient(
         d_decoded = error.mul_(2 * coefficient / devices.number(len(x)) * share)
         d_pre = mm(decoder, d_decoded.T).mul_(kernels.ones_above(acts, 0))
         d_bias += d_pre.sum(1)
-        kernels.add_product(weights.W_dec, dead, acts, d_decoded)
+        kernels.add_product(weights.W_dec, dead, acts, d_decoded, along=torch.linalg.vecdot(acts, d_pre))
         kernels.add_product(weights.W_enc, dead, d_pre, inputs, columns=True)
     _grad(weights.b_enc).index_add_(0, dead, d_bias)
     if weights.center.requires_grad:

@@ -81,7 +81,8 @@ class OneDevice:
         """The pairs that `topk` keeps, and their pre-activations [m]."""
         if not kernels.some_at_a_time(len(x), W_enc):
             pick = functools.partial(self.topk, k=k, d_sae=d_sae, descending=descending)
-            return kernels.encode(x, W_enc, b_enc, center, pick, k=k, scratch=scratch)
+            screen = functools.partial(kernels.screened.largest_of_each_token, descending=descending)
+            return kernels.encode(x, W_enc, b_enc, center, pick, k=k, scratch=scratch, screen=screen)
         with torch.no_grad():
             centred = x - center
             largest = kernels.largest_of_each_token(centred, W_enc, b_enc, k)
@@ -112,7 +113,8 @@ class OneDevice:
         """The pairs that `batch_topk` keeps, and their pre-activations [m]."""
         if not kernels.some_at_a_time(len(x), W_enc):
             pick = functools.partial(self.batch_topk, k=k, ends=ends)
-            return kernels.encode(x, W_enc, b_enc, center, pick, k=k, scratch=scratch)
+            screen = kernels.screened.largest_of_batch if self.alone else None
+            return kernels.encode(x, W_enc, b_enc, center, pick, k=k, scratch=scratch, screen=screen)
         with torch.no_grad():
             centred = x - center
             found = kernels.largest_of_batch(centred, W_enc, b_enc, min(k, ends[-1]) * self.number(len(x)))

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from saehook import kernels
+from saehook.decoder_rows import normalize_rows_, remove_parallel_
 from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.row_adam import RowAdam
-
-ROWS_AT_ONCE = 1024
-"""Rows that are projected or normalised together: few enough to stay in a CPU's cache."""
 
 
 def lr_factor(step: int, steps: int, *, warmup_steps: int, decay_share: float) -> float:
@@ -26,27 +24,6 @@ def lr_factor(step: int, steps: int, *, warmup_steps: int, decay_share: float) -
     decay_steps = decay_share * steps
     fall = (steps - step) / decay_steps if steps - step < decay_steps else 1.0
     return max(0.0, min(rise, fall))
-
-
-@torch.no_grad()
-def remove_parallel_(grad: Tensor, rows: Tensor) -> None:
-    """Take from each row of `grad` [n, d] its component along the unit vector in that row of `rows`, in place."""
-    if kernels.uses_triton(rows.device):
-        return kernels.remove_parallel_(grad, rows)
-    for g, unit in zip(grad.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE), strict=True):
-        g.addcmul_(unit, (g * unit).sum(-1, keepdim=True), value=-1)
-
-
-@torch.no_grad()
-def normalize_rows_(rows: Tensor, allowed: Tensor | None = None) -> None:
-    """Give each row of `rows` [n, d] unit length, in place; a row of zeros stays.
-
-    Where `allowed` (0-dim bool) is False every bit stays; without it rows of unit length may change in the last one.
-    """
-    for block in rows.split(ROWS_AT_ONCE):
-        norm = torch.linalg.vector_norm(block, dim=-1, keepdim=True)
-        changed = norm > 0 if allowed is None else (norm > 0) & allowed
-        block.div_(torch.where(changed, norm, 1))
 
 
 class DecoderConstrainedAdam:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from saehook import rounding
+from saehook.decoder_rows import normalize_rows_
 from saehook.devices import OneDevice
 from saehook.kernels import queued
 from saehook.kernels.row_sums import RowsParameter, gradient_bound, gradient_rows, row_blocks
@@ -112,8 +113,7 @@ class RowAdam:
                     beta1=self.beta1, beta2=BETA2, eps=self.eps, weight_decay=0.0, maximize=False,
                 )  # fmt: skip
                 if self.unit_rows and name == "W_dec":
-                    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-                    rows.div_(torch.where(norm > 0, norm, 1))
+                    normalize_rows_(rows)
 
     def _step_streamed(self, lr: float, factor: Tensor, taken: Tensor) -> None:
         count = self.taken.clamp(min=1).double()
@@ -150,8 +150,7 @@ class RowAdam:
         square = (square * BETA2).addcmul_(grad, grad, value=1 - BETA2)
         new = rows.to(grad.dtype) - size.to(grad.dtype) * mean / (square.sqrt() / root.to(grad.dtype) + self.eps)
         if self.unit_rows and name == "W_dec":
-            norm = torch.linalg.vector_norm(new, dim=-1, keepdim=True)
-            new = new / torch.where(norm > 0, norm, 1)
+            normalize_rows_(new)
         for i, moment in enumerate((mean, square)):
             self._write(name, i, block, moment, bits, taken)
         kept = new if rows.dtype != torch.bfloat16 or bits is None else rounding.to_bfloat16(new, bits)

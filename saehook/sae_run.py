@@ -16,11 +16,12 @@ from saehook import kernels
 from saehook.auxk import Weights, add_auxk_gradient
 from saehook.batches import Batch, InputFacts, Judged
 from saehook.config import BatchTopK, TrainConfig, activation_to_dict, method_to_dict
+from saehook.decoder_rows import normalize_rows_
 from saehook.devices import ONE_DEVICE, OneDevice
 from saehook.errors import TrainingError
 from saehook.initial_rows import indices
 from saehook.methods import Terms, make_method
-from saehook.optim import DecoderConstrainedAdam, normalize_rows_
+from saehook.optim import DecoderConstrainedAdam
 from saehook.sae import SAE
 
 DEVICE_REFRESH_STEPS = 20

@@ -287,7 +287,7 @@ def test_choice_and_its_reason(monkeypatch, caplog):
 
 def test_what_cannot_be_had_is_an_error(monkeypatch):
     monkeypatch.setenv("SAEHOOK_KERNELS", "cuda")
-    with pytest.raises(ArgumentError, match="reference, sparse, dense, triton"):
+    with pytest.raises(ArgumentError, match="reference, screened, sparse, dense, triton"):
         kernels.choose(4096, 32, torch.device("cpu"))
     monkeypatch.setenv("SAEHOOK_KERNELS", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -18,8 +18,8 @@ LAYERS = [
     "config corpus hub dataset_text bundle files gguf loggers fields metrics_log visible_text token_html formats/*",
     "losses activation_fns where conditions schedules interventions edits site_spellings sites conversation "
     "tokenization sweep run_state plan initial_rows rounding devices",
-    "sae sparse_acts model_input lm_loading row_text positions row_adam optim auxk batches prefix intervals splice_losses "
-    "tracks readback program_file",
+    "sae sparse_acts model_input lm_loading row_text positions decoder_rows row_adam optim auxk batches prefix intervals "
+    "splice_losses tracks readback program_file",
     "checkpoint latent_notes writers reconstruction eval_result row_edits edit_blocks editing tap_point results edit_plan "
     "full_report sampling_noise calibration methods",
     "attachment runs attribution_metrics latent_effects attribution dose_response kl_strength hooked_saes hooked_model fit "

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from saehook.optim import DecoderConstrainedAdam, lr_factor, normalize_rows_, remove_parallel_
+from saehook.decoder_rows import normalize_rows_, remove_parallel_
+from saehook.optim import DecoderConstrainedAdam, lr_factor
 
 
 def test_schedule():

@@ -15,6 +15,9 @@ VIEWS = frozenset(
 )
 """Operations that start nothing on a device."""
 
+PRODUCTS = {"mm": 0, "mv": 0, "addmm": 1, "addmm_": 1, "addmv": 1, "addmv_": 1}
+"""Products of matrices, with the place of the first factor."""
+
 
 class Work(TorchDispatchMode):
     """Within `with Work() as work:` every operation is counted."""
@@ -24,6 +27,8 @@ class Work(TorchDispatchMode):
         self.operations: Counter[str] = Counter()
         self.row_sums = 0
         """Multiplications and additions in sums of rows."""
+        self.products: Counter[Any] = Counter()
+        """The same in products of matrices, by dtype."""
         self.allocated: Counter[int] = Counter()
         """Fresh float tensors by number of entries; neither views, nor what is written into tensors that were given."""
 
@@ -40,6 +45,9 @@ class Work(TorchDispatchMode):
         self.operations[name] += 1
         if name.startswith("_embedding_bag") and "backward" not in name:
             self.row_sums += 2 * args[1].numel() * args[0].shape[1]
+        if name in PRODUCTS:
+            a, b = args[PRODUCTS[name] :][:2]
+            self.products[a.dtype] += 2 * a.numel() * (b.shape[1] if b.ndim == 2 else 1)
         for x in tree_leaves(result):
             if isinstance(x, Tensor) and x.is_floating_point() and x.untyped_storage().data_ptr() not in given:
                 self.allocated[x.numel()] += 1

@@ -4,22 +4,23 @@ accelerators `triton`.
 Where k latents a token are kept the choice is made from the sizes: sums over the selected pairs cost k / d_sae of a dense
 product each, but run slower per operation, so the sparse version is taken where d_sae >= 8 k. On a GPU products are so fast that
 they are taken below d_sae = 132 k (`dense_pairs`), and from there on the version of `triton`, where that is installed; then
-selection, loss and optimiser have kernels of their own, too. Where a penalty decides how many fire it is made in each step from
+selection, loss and optimiser have kernels of their own, too. A CPU that multiplies bfloat16 tells with that which pairs may be
+kept (`screened`); all else is as in the sparse version. Where a penalty decides how many fire it is made in each step from
 their number; on a GPU, where that is not to be read, the dense version is taken always. Where a step would hold too many
 pre-activations, or the weights are not to be there whole in float32, it encodes some latents at a time (`running`, `by_rows`). At
 inference, `encode_topk` and `encode_above` keep only what fires, where an SAE is so wide that [tokens, d_sae] would fill the
-memory (`by_blocks`). The environment variable SAEHOOK_KERNELS=reference, sparse, dense or triton overrides all.
+memory (`by_blocks`). The environment variable SAEHOOK_KERNELS=reference, screened, sparse, dense or triton overrides all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saehook.kernels import by_rows, dense, dense_pairs, product, reference, running, sparse
+from saehook.kernels import by_rows, dense, dense_pairs, product, reference, running, screened, sparse
 from saehook.kernels.blockwise import encode_above, encode_topk
 from saehook.kernels.choice import forced as _forced
 from saehook.kernels.choice import log_once as _log_once
@@ -61,6 +62,7 @@ __all__ = [
     "ones_above",
     "queued",
     "remove_parallel_",
+    "screened",
     "selected",
     "some_at_a_time",
     "squared_error",
@@ -79,8 +81,16 @@ SPARSE_SHARE = 1 / 16
 ROWS_FROM = 2**22
 """Numbers of a matrix from which rows of its gradient are made where they are used: 16 MiB in float32. Smaller ones stay in a CPU's
 cache, and whole steps are as fast (measured: equal at 512 -> 8192, 7 % less time at 768 -> 16384)."""
+SCREENED_FROM = 2**22
+"""Pre-activations from which a CPU that multiplies bfloat16 looks for the kept pairs with that: with fewer, starting the operations
+costs what they save."""
+SCREENED_SPARSE_FROM = 128
+"""d_sae / k from which it does: with more candidates, computing them again costs what the product saves (measured)."""
 WIDE_FROM = 2**18
 """d_sae from which runs encode some latents at a time: on a prompt of 128 tokens, 128 MiB of dense float32."""
+
+Screen = Callable[[Tensor, Tensor, Tensor, int, Scratch | None], tuple[Tensor, Selection] | None]
+"""From centred inputs [n, d_in], W_enc, b_enc, k and shared memory: pre-activations [m] and their pairs."""
 
 
 def encode(
@@ -92,11 +102,21 @@ def encode(
     *,
     k: int,
     scratch: Scratch | None = None,
+    screen: Screen | None = None,
 ) -> Encoded:
     """Encode `x` [n_tokens, d_in] and keep the pairs that `select` picks, about k a token.
 
-    `scratch` gets the pre-activations, which are not needed afterwards, and in the backward pass W_enc's gradient.
+    `scratch` gets the pre-activations, which are not needed afterwards, and in the backward pass W_enc's gradient. `screen`
+    finds the same pairs from inputs in float32 without all pre-activations, unless it gives None; it is asked where that is
+    faster.
     """
+    if screen is not None and screens(x, W_enc, k):
+        with torch.no_grad():
+            centred = x - b_dec
+            found = screen(centred, W_enc, b_enc, k, scratch)
+        if found is not None:
+            values, pairs = found
+            return Encoded(selected(values, centred, W_enc, b_enc, b_dec, pairs, scratch), pairs)
     version = choose(b_enc.shape[0], k, x.device)
     if version == "reference":
         return reference.encode(x, W_enc, b_enc, b_dec, select)
@@ -128,7 +148,7 @@ def _over_pairs(version: str) -> Any:
 
 
 def remove_parallel_(grad: Tensor, rows: Tensor) -> None:
-    """`optim.remove_parallel_` as one kernel, where `uses_triton`."""
+    """`decoder_rows.remove_parallel_` as one kernel, where `uses_triton`."""
     from saehook.kernels.triton import adam
 
     adam.remove_parallel_(grad, rows)
@@ -165,23 +185,42 @@ def autoencode(
     `per_latent` are numbers of the rule, [d_sae] each, differentiable; at or below `lower` [d_sae] it gives zeros.
     `scratch` gets the pre-activations, which must stay until the backward pass, and there the gradients of both matrices.
     """
-    forced = _forced().replace("triton", "")  # there is none for any number of pairs
+    forced = _forced().replace("triton", "").replace("screened", "")  # there is none of Triton for any number of pairs
     if is_streamed(W_enc) or (not forced and some_at_a_time(len(x), W_enc)):
         return _autoencode_some_at_a_time(x, W_enc, b_enc, b_dec, W_dec, rule, per_latent, lower, scratch)
     if forced == "reference":
         return reference.autoencode(x, W_enc, b_enc, b_dec, W_dec, rule, per_latent)
+    most = int((1.0 if forced == "sparse" else SPARSE_SHARE) * len(x) * len(b_enc))
     with torch.no_grad():
         centred = x - b_dec
-        by_latent = product.pre_acts_by_latent(centred, W_enc, b_enc, scratch)
-        selection = None
-        if forced != "dense" and not queued(x.device):
-            share = 1.0 if forced == "sparse" else SPARSE_SHARE
-            selection = above(by_latent, lower.detach(), int(share * by_latent.numel()))
-    if selection is None:
+        found = by_latent = None
+        if screens(x, W_enc, 1):
+            found = screened.above(centred, W_enc, b_enc, lower.detach(), scratch)
+        if found is None:
+            by_latent = product.pre_acts_by_latent(centred, W_enc, b_enc, scratch)
+            if forced != "dense" and not queued(x.device):
+                pairs = above(by_latent, lower.detach(), most)
+                found = None if pairs is None else (pairs.values(by_latent.T).to(x.dtype), pairs)
+    if found is None:
+        assert by_latent is not None
         _log_once("dense", f"SAEHOOK_KERNELS={forced}" if forced else "many latents fire, or on a GPU any number")
         return dense.autoencode(by_latent, centred, W_enc, b_enc, b_dec, W_dec, rule, tuple(per_latent), scratch)
     _log_once("sparse", f"SAEHOOK_KERNELS={forced}" if forced else f"at most {SPARSE_SHARE:.1%} of the latents fire")
-    return sparse.autoencode(by_latent, centred, W_enc, b_enc, b_dec, W_dec, rule, per_latent, selection, scratch)
+    values, pairs = found
+    return sparse.autoencode(values, centred, W_enc, b_enc, b_dec, W_dec, rule, per_latent, pairs, scratch)
+
+
+def screens(x: Tensor, W_enc: Tensor, k: int) -> bool:
+    """Whether the pairs that a step keeps, about k a token, are looked for in bfloat16 first; the reason goes to the log, once."""
+    full = x.dtype == W_enc.dtype and x.dtype in {torch.float32, torch.float64}
+    if queued(x.device) or not full or is_streamed(W_enc):
+        return False
+    if forced := _forced():
+        return forced == "screened" and _log_once(forced, f"SAEHOOK_KERNELS={forced}") != ""
+    d_sae = W_enc.shape[1]
+    if d_sae < SCREENED_SPARSE_FROM * k or len(x) * d_sae < SCREENED_FROM or not screened.is_fast():
+        return False
+    return _log_once("screened", "this CPU multiplies bfloat16 faster than float32") != ""
 
 
 def some_at_a_time(n_tokens: int, W_enc: Tensor) -> bool:
@@ -241,7 +280,7 @@ def _autoencode_some_at_a_time(
 
 def choose(d_sae: int, k: int, device: torch.device) -> str:
     """The version that is taken where k latents a token are kept; the reason goes to the log, once."""
-    if (name := _forced()) and (name != "triton" or uses_triton(device)):
+    if (name := _forced().replace("screened", "sparse")) and (name != "triton" or uses_triton(device)):
         return _log_once(name, f"SAEHOOK_KERNELS={name}")
     if device.type == "cuda" and d_sae < SPARSE_FROM_CUDA * k:
         return _log_once("dense", f"d_sae / k < {SPARSE_FROM_CUDA} on a GPU")
@@ -254,15 +293,13 @@ def choose(d_sae: int, k: int, device: torch.device) -> str:
 
 def is_wide(d_sae: int) -> bool:
     """Whether [tokens, d_sae] is not to be made for more than some tokens; never with SAEHOOK_KERNELS=reference or dense."""
-    return d_sae >= WIDE_FROM and _forced() in {"", "sparse", "triton"}
+    return d_sae >= WIDE_FROM and _forced() not in {"reference", "dense"}
 
 
 def by_blocks(d_sae: int) -> bool:
     """Whether runs encode some latents at a time and hold only what fires; the reason goes to the log, once."""
     if forced := _forced():
-        return (
-            _log_once("blockwise" if forced in {"sparse", "triton"} else "dense", f"SAEHOOK_KERNELS={forced}")
-            == "blockwise"
-        )
+        name = "dense" if forced in {"reference", "dense"} else "blockwise"
+        return _log_once(name, f"SAEHOOK_KERNELS={forced}") == "blockwise"
     sign, name = (">=", "blockwise") if is_wide(d_sae) else ("<", "dense")
     return _log_once(name, f"d_sae {sign} {WIDE_FROM:,} at inference") == "blockwise"

@@ -23,10 +23,14 @@ ENTRIES_FROM = 2**17
 def depth(by_latent: Tensor, k: int) -> int:
     """Levels above the entries [d_sae, n_tokens] themselves, at most two: as many as have whole blocks, and enough more than k that
     looking at them first pays."""
-    d_sae = len(by_latent)
     if by_latent.numel() < ENTRIES_FROM:
         return 0
-    return max(n for n in (0, 1, 2) if n == 0 or (d_sae % WIDTH**n == 0 and d_sae // WIDTH**n >= 2 * k))
+    return {1: 0, WIDTH: 1, BLOCK: 2}[block_size(len(by_latent), k)]
+
+
+def block_size(d_sae: int, k: int) -> int:
+    """Latents of which the highest level has one: in whole blocks, and enough more of these than k."""
+    return max(size for size in (1, WIDTH, BLOCK) if size == 1 or (d_sae % size == 0 and d_sae // size >= 2 * k))
 
 
 def largest_of_each_token(by_latent: Tensor, k: int, *, descending: bool = False) -> Tensor:

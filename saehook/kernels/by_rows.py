@@ -199,5 +199,8 @@ class _Part(NamedTuple):
                 found = getattr(self.step.gradients(block), self.name)
                 rows[first - latents.start : last - latents.start] += found[first - block.start : last - block.start]
 
+    def along(self, latents: slice) -> None:
+        return None  # not known for less than a product of the rows
+
     def bound(self) -> Tensor:
         return torch.tensor(torch.inf, dtype=torch.float64)  # not known for less than the rows cost

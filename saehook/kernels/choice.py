@@ -11,7 +11,7 @@ import torch
 
 from saehook.errors import ArgumentError
 
-NAMES = ("reference", "sparse", "dense", "triton")
+NAMES = ("reference", "screened", "sparse", "dense", "triton")
 
 
 def forced() -> str:

@@ -51,6 +51,10 @@ class RowGradient(Protocol):
         """Add the rows of some latents to `rows` [latents, d]."""
         ...
 
+    def along(self, latents: slice) -> Tensor | None:
+        """The products of these rows with those of the matrix whose gradient this is, [latents], where they are known."""
+        ...
+
     def bound(self) -> Tensor:
         """At least the norm of all rows together, a scalar in float64."""
         ...
@@ -67,14 +71,14 @@ class RowSums(NamedTuple):
     """[m]."""
     offsets: Tensor
     """Where each latent's pairs begin, [latents + 1], on the host."""
-    along: Tensor | None = None
-    """The product of each row with that of the matrix whose gradient this is, [latents], where it is known."""
+    products: Tensor | None = None
+    """Of each row with that of the matrix whose gradient this is, [latents], where they are known."""
 
     @classmethod
-    def of(cls, source: Tensor, selection: Selection, weights: Tensor, along: Tensor | None = None) -> RowSums:
+    def of(cls, source: Tensor, selection: Selection, weights: Tensor) -> RowSums:
         """`weights` [m] of the pairs in the order of the selection."""
         order, offsets = selection.by_latent
-        return cls(source, selection.tokens[order], weights[order], offsets.cpu(), along)
+        return cls(source, selection.tokens[order], weights[order], offsets.cpu())
 
     def rows(self, latents: slice) -> Tensor:
         """Those of some latents, [latents, d]."""
@@ -86,6 +90,9 @@ class RowSums(NamedTuple):
         """Add those of some latents to `rows` [latents, d]."""
         if self.offsets[latents.start] < self.offsets[latents.stop]:
             rows += self.rows(latents)
+
+    def along(self, latents: slice) -> Tensor | None:
+        return None if self.products is None else self.products[latents]
 
     def bound(self) -> Tensor:
         """At least the norm of all rows together, float64: (Σ of n vectors)² <= n · Σ of their squares."""
@@ -101,11 +108,24 @@ class SomeRows(NamedTuple):
     """[some], ascending, on the host."""
     values: Tensor
     """[some, d]."""
+    products: Tensor | None = None
+    """Of each of these rows with that of the matrix whose gradient this is, [some], where they are known."""
 
     def add_to(self, rows: Tensor, latents: slice) -> None:
         """Add those of some latents to `rows` [latents, d]."""
+        places, some = self._of(latents)
+        rows.index_add_(0, places, self.values[some])
+
+    def along(self, latents: slice) -> Tensor | None:
+        if self.products is None:
+            return None
+        places, some = self._of(latents)
+        return self.products.new_zeros(latents.stop - latents.start).index_copy_(0, places, self.products[some])
+
+    def _of(self, latents: slice) -> tuple[Tensor, slice]:
+        """Which of `latents` are among these, and which of these they are."""
         first, last = torch.searchsorted(self.latents, torch.tensor([latents.start, latents.stop])).tolist()
-        rows.index_add_(0, self.latents[first:last] - latents.start, self.values[first:last])
+        return self.latents[first:last] - latents.start, slice(first, last)
 
     def bound(self) -> Tensor:
         """The norm of all rows together, float64."""
@@ -128,7 +148,7 @@ def gradient_rows(matrix: RowsParameter, latents: slice, *, columns: bool) -> tu
     matrix, [latents]. `columns`: of W_enc, which has a column for each latent."""
     sums = [part for part in matrix.pending if isinstance(part, RowSums)]
     others = [part for part in matrix.pending if not isinstance(part, RowSums)]
-    along = [part.along[latents] for part in sums if part.along is not None]
+    along = [part.along(latents) for part in matrix.pending]
     if matrix.grad is not None:
         rows = (matrix.grad.T if columns else matrix.grad)[latents].clone()
     elif sums:
@@ -139,21 +159,31 @@ def gradient_rows(matrix: RowsParameter, latents: slice, *, columns: bool) -> tu
         rows = torch.zeros(latents.stop - latents.start, width, device=matrix.device, dtype=dtype)
     for part in (*sums, *others):
         part.add_to(rows, latents)
-    known = matrix.grad is None and len(along) == len(matrix.pending) > 0
-    return rows, sum(along[1:], along[0]) if known else None
+    known = [each for each in along if each is not None]
+    all_known = matrix.grad is None and len(known) == len(along) > 0
+    return rows, torch.stack(known).sum(0) if all_known else None
 
 
 def gradient_bound(matrix: RowsParameter) -> Tensor:
     """At least the norm of the whole gradient, a scalar in float64, for much less than its rows cost."""
-    whole = [] if matrix.grad is None else [torch.linalg.vector_norm(matrix.grad).double()]
-    return torch.stack([*whole, *(part.bound() for part in matrix.pending)]).sum()
+    whole = matrix.new_zeros((), dtype=torch.float64)
+    if matrix.grad is not None:
+        whole = torch.linalg.vector_norm(matrix.grad).double()
+    return torch.stack([whole, *(part.bound() for part in matrix.pending)]).sum()
 
 
 def add_product(
-    parameter: Tensor, latents: Tensor, by_latent: Tensor, source: Tensor, *, columns: bool = False
+    parameter: Tensor,
+    latents: Tensor,
+    by_latent: Tensor,
+    source: Tensor,
+    *,
+    columns: bool = False,
+    along: Tensor | None = None,
 ) -> None:
     """Add `by_latent` [some, n] @ `source` [n, d] to the gradient of the rows `latents` [some], ascending, of a matrix with a row
-    for each latent; `columns`: of W_enc, which has columns."""
+    for each latent; `columns`: of W_enc, which has columns. `along` [some]: the products of what is added with the rows, where
+    they are known."""
     if isinstance(parameter, RowsParameter) and parameter.streamed:
         places, tokens = by_latent.nonzero(as_tuple=True)
         pairs = Selection(tokens, latents[places], len(source), parameter.shape[columns], order="latent")
@@ -166,5 +196,8 @@ def add_product(
         last = parameter.pending[-1] if parameter.pending else None
         if isinstance(last, SomeRows) and last.latents is latents:
             last.values.addmm_(by_latent, source)
+            if last.products is not None:
+                assert along is not None, "known of the first tokens, so of these"
+                last.products.add_(along)
         else:
-            parameter.pending.append(SomeRows(latents, mm(by_latent, source)))
+            parameter.pending.append(SomeRows(latents, mm(by_latent, source), along))

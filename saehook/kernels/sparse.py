@@ -67,7 +67,7 @@ def decode(values: Tensor, W_dec: Tensor, selection: Selection, scratch: Scratch
 
 
 def autoencode(
-    by_latent: Tensor,
+    values: Tensor,
     centred: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -78,9 +78,8 @@ def autoencode(
     selection: Selection,
     scratch: Scratch | None = None,
 ) -> Autoencoded:
-    """The same as `reference.autoencode`, from pre-activations [d_sae, n_tokens] and all pairs that the rule cares for."""
+    """The same as `reference.autoencode`, from all pairs that the rule cares for and their pre-activations [m]."""
     latents = selection.latents
-    values = selection.values(by_latent.T).to(centred.dtype)
     pre = _Encode.apply(values, centred, W_enc, b_enc, b_dec, selection, scratch)
     acts, cost, frozen = rule(pre, *(numbers.index_select(0, latents) for numbers in per_latent))
     fired = torch.zeros(len(b_enc), device=latents.device).index_add_(0, latents, (acts.detach() > 0).float())
