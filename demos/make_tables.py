@@ -75,55 +75,59 @@ def evaluating() -> str:
 
 
 def training() -> str:
-    """The newest recorded run of tests/bench/bench_train_step.py."""
-    file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("train_step_cpu*.json"))[-1]
-    rows = json.loads(file.read_text())
+    """The newest recorded runs of tests/bench/bench_train_step.py, as it is and with --in-float32."""
+    rows, in_float32 = _recorded("train_step_cpu"), _recorded("train_step_in_float32_cpu")
     lines = [
-        "| method | tokens a step | latents that fire | a step, × the encoder's product | memory, × the pre-activations |",
-        "|---|---|---|---|---|",
+        "| method | tokens a step | latents that fire | a step, × the encoder's product | all in float32 | "
+        "memory, × the pre-activations | all in float32 |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for r in rows:
-        ratio, memory = r["ratio_to_encoder_product"], r["memory_over_pre_activations"]
-        lines.append(f"| {r['what']} | {r['batch']:,} | {r['fired_per_token']:,.0f} | {ratio:.2f} | {memory:.2f} |")
+    for r, other in zip(rows, in_float32, strict=True):
+        assert (r["what"], r["batch"]) == (other["what"], other["batch"])
+        lines.append(
+            f"| {r['what']} | {r['batch']:,} | {r['fired_per_token']:,.0f} | {r['ratio_to_encoder_product']:.2f} | "
+            f"{other['ratio_to_encoder_product']:.2f} | {r['memory_over_pre_activations']:.2f} | "
+            f"{other['memory_over_pre_activations']:.2f} |"
+        )
     r = rows[0]
     lines.append(
-        f"\nWhole steps of the trainer, {r['d_in']} → {r['d_sae']:,}, against the one product that none can "
-        f"do without; memory above model and optimiser, gradients with it. {r['threads']} CPU threads, torch {r['torch']}; "
-        "medians of one interleaved run of `python tests/bench/bench_train_step.py`."
+        f"\nWhole steps of the trainer, {r['d_in']} → {r['d_sae']:,}, against the encoder's product in float32; memory above "
+        f"model and optimiser, gradients with it. {r['threads']} CPU threads, torch {r['torch']}, a processor with AVX-512 BF16; "
+        "medians of one interleaved run of `python tests/bench/bench_train_step.py`, and of one with `--in-float32`."
     )
     return "\n".join(lines)
 
 
 def peers() -> str:
-    """The recorded runs of tests/bench/bench_train_step.py --only --peers: the newest, and in a sentence those before it."""
-    *before, file = sorted((ROOT / "tests" / "bench" / "RESULTS").glob("peers_cpu*.json"))
-    rows = json.loads(file.read_text())
+    """The recorded runs of tests/bench/bench_train_step.py --only --peers: with bfloat16, without, and on a slower processor."""
+    rows = _recorded("peers_cpu")
+    others = [_recorded(f"peers_in_float32_{which}cpu") for which in ("", "slower_")]
     lines = [
-        "| | seconds a step | × the encoder's product | × ours | losses differ by |",
-        "|---|---|---|---|---|",
+        "| | seconds a step | × the encoder's product | × ours | × ours, all in float32 | the same, slower processor | "
+        "losses differ by |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for r in rows:
+    for r, *same in zip(rows, *others, strict=True):
+        assert all(other["package"] == r["package"] for other in same)
+        ratios = " | ".join(f"{one['ratio_to_ours']:.1f}" for one in (r, *same))
         lines.append(
-            f"| {r['package'].replace('==', ' ')} | {r['seconds']:.2f} | {r['ratio_to_encoder_product']:.1f} | "
-            f"{r['ratio_to_ours']:.1f} | {r['largest_difference']:.0e} |"
+            f"| {r['package'].replace('==', ' ')} | {r['seconds']:.2f} | {r['ratio_to_encoder_product']:.1f} | {ratios} | "
+            f"{r['largest_difference']:.0e} |"
         )
     r = rows[0]
     lines.append(
         f"\nTopK steps, {r['d_in']} → {r['d_sae']:,}, k {r['k']}, {r['batch']:,} tokens; same data, weights and mathematics, "
         f"losses compared over the first 20 steps. {r['threads']} CPU threads, torch {r['torch']}; medians, each peer "
-        "interleaved with ours, by `python tests/bench/bench_train_step.py --only --peers`."
+        "interleaved with ours, by `python tests/bench/bench_train_step.py --only --peers`. The product took "
+        f"{_product(rows):.2f} s, on the slower processor {_product(others[1]):.2f} s."
     )
-    for file in before:
-        other = json.loads(file.read_text())
-        lines[-1] += (
-            f" The faster the product, the more all else weighs: above it took {_product(rows):.2f} s; on a processor that needed "
-            f"{_product(other):.2f} s, the version of {file.stem.rpartition('_')[2]} was "
-            + ", ".join(f"{r['ratio_to_ours']:.1f}" for r in other[:-1])
-            + f" and {other[-1]['ratio_to_ours']:.1f} times as fast as "
-            + ", ".join(r["what"] for r in other[:-1])
-            + f" and {other[-1]['what']} (`{file.name}`)."
-        )
     return "\n".join(lines)
+
+
+def _recorded(name: str) -> list[dict[str, Any]]:
+    """The newest of the files of that name in tests/bench/RESULTS."""
+    files = (ROOT / "tests" / "bench" / "RESULTS").glob(f"{name}*.json")
+    return json.loads(max(files).read_text())
 
 
 def _product(rows: list[dict[str, Any]]) -> float:

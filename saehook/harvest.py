@@ -1,6 +1,6 @@
 """Activations for training: one pass of the language model over text feeds all sites, shuffled in a buffer.
 
-`TextStream` → `activations_of` → `without_outliers` → `Shuffled`. The model stops after the deepest site. Tokens outside the
+`TextStream` → `activations_of` → `WithoutOutliers` → `Shuffled`. The model stops after the deepest site. Tokens outside the
 mask are left out: by their ids in the first step (`tokenization.keep_mask`), by their norms in the second. The buffer is
 allocated once per site, in the model's dtype and on its device; all sites share one permutation. When half of it has been
 served, that half is refilled, so a batch mixes tokens of many windows.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from saehook.corpus import Document, text_hash
 from saehook.dataset_text import DatasetText
 from saehook.errors import ArgumentError
 from saehook.hooked_model import HookedModel
-from saehook.kernels.device import queued, send
+from saehook.kernels.device import fetch, queued, send
 from saehook.model_input import image_batch, takes_text
 from saehook.tokenization import WindowCutter, is_outlier, keep_mask, special_ids
 
@@ -182,7 +182,7 @@ def activations_of(
     """Per forward pass, the activations of the tokens that count: `{site: [n, width]}`, in the order of the text.
 
     `windows` are ids [window] of one length; of a vision model, images [channels, height, width], of which every token counts.
-    Outliers are among them (`without_outliers`): which tokens there are depends on ids only, not on the sites.
+    Outliers are among them (`WithoutOutliers`): which tokens there are depends on ids only, not on the sites.
     """
     special = special_ids(model.tokenizer)
     first = next(windows, None)
@@ -245,13 +245,6 @@ def mask_rules(
     return rules
 
 
-def without_outliers(chunks: Iterator[dict[str, Tensor]], rules: Mapping[str, MaskRule]) -> Iterator[dict[str, Tensor]]:
-    """The same, less the tokens that are an outlier at any of the sites, so that all sites go on with the same tokens."""
-    for chunk in chunks:
-        outliers = torch.stack([is_outlier(_norm(x), rules[site]).cpu() for site, x in chunk.items()]).any(0)
-        yield {site: x[~outliers.to(x.device)] for site, x in chunk.items()} if outliers.any() else chunk
-
-
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.float(), dim=-1)
 
@@ -266,6 +259,53 @@ class Place(Protocol):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on there."""
         ...
+
+
+class WithoutOutliers(Iterator[dict[str, Tensor]]):
+    """The same, less the tokens that are an outlier at any of the sites, so that all sites go on with the same tokens.
+
+    How many these are is found out on the device. A GPU is given the next pass of the model before the answer is waited for, so
+    that it is never without work; `state` is the place before what has not been served.
+    """
+
+    def __init__(
+        self, chunks: Iterator[dict[str, Tensor]], rules: Mapping[str, MaskRule], text: Place | None = None
+    ) -> None:
+        """`text` is what the chunks are made from; without it there is no state."""
+        self.chunks, self.rules, self.text = chunks, rules, text
+        self.ahead: tuple[dict[str, Tensor], list[Callable[[], Tensor]]] | None = None
+        """The next chunk, where it has been begun, and its outliers by site."""
+        self._before: dict[str, Any] | None = None
+        """The place before it."""
+
+    def __next__(self) -> dict[str, Tensor]:
+        self.ahead = self.ahead or self._begin()
+        if self.ahead is None:
+            raise StopIteration
+        chunk, found = self.ahead
+        self.ahead = self._begin() if any(queued(x.device) for x in chunk.values()) else None
+        outliers = torch.stack([each() for each in found]).any(0)
+        if not outliers.any():
+            return chunk
+        kept = (~outliers).nonzero().view(-1)
+        places = _everywhere(kept, chunk)
+        return {site: x.index_select(0, places[x.device]) for site, x in chunk.items()}
+
+    def _begin(self) -> tuple[dict[str, Tensor], list[Callable[[], Tensor]]] | None:
+        self._before = None if self.text is None else self.text.state()
+        if (chunk := next(self.chunks, None)) is None:
+            return None
+        return chunk, [fetch(is_outlier(_norm(x), self.rules[site])) for site, x in chunk.items()]
+
+    def state(self) -> dict[str, Any]:
+        """The place, as JSON-able data."""
+        assert self.text is not None
+        return self.text.state() if self.ahead is None or self._before is None else self._before
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; the chunks must not have been read from yet."""
+        assert self.text is not None
+        self.text.load_state(state)
 
 
 class Shuffled(Iterator[dict[str, Tensor]]):

@@ -28,7 +28,7 @@ from saehook.errors import ArgumentError
 from saehook.eval_result import EvalResult
 from saehook.evaluation import evaluate
 from saehook.files import atomic_write
-from saehook.harvest import Shuffled, TextStream, activations_of, mask_rules, without_outliers
+from saehook.harvest import Shuffled, TextStream, WithoutOutliers, activations_of, mask_rules
 from saehook.hooked_model import HookedModel
 from saehook.kl_tuning import KLBatches
 from saehook.loggers import check_loggers
@@ -172,12 +172,13 @@ def train_saes(
         make = lm_pass(model, list(widths), from_the_start, skip_first_tokens)
         opening, chunks = (cached.chunks(make, device=model.device) for _ in range(2))
     rules = mask_rules(opening, max_norm_ratio, skip_first_tokens) if max_norm_ratio else dict.fromkeys(widths, base)
+    served = WithoutOutliers(chunks, rules, source_text)
     batches = Shuffled(
-        without_outliers(chunks, rules),
+        served,
         buffer_tokens=max(config.resolved_buffer_tokens for config in configs),
         batch_tokens=configs[0].resolved_batch_tokens,
         seed=seed,
-        text=source_text if cache is None else None,  # a cache is read again up to the place where a run was stopped
+        text=served if cache is None else None,  # a cache is read again up to the place where a run was stopped
     )
     kl_batches = None
     if any(config.kl_tokens for config in configs):
@@ -200,7 +201,7 @@ def train_saes(
         devices.main_does(lambda: (out / METRICS).unlink(missing_ok=True))
     with stopped_by_signals(trainer):
         saes = trainer.fit(resume=resume)
-    place = source_text.state()
+    place = served.state()
     read = {"windows_read": place["served"], "passes": place["passes"] + 1} if cache is None else {"cached": True}
     source = {
         "lm": lm,

@@ -19,7 +19,7 @@ from saehook.corpus import Document
 from saehook.edits import ablate, scale, steer
 from saehook.errors import ArgumentError
 from saehook.evaluation import evaluate
-from saehook.harvest import Shuffled, TextStream, activations_of, mask_rules, without_outliers
+from saehook.harvest import TOKENS_PER_FORWARD, Shuffled, TextStream, WithoutOutliers, activations_of, mask_rules
 from saehook.hooked_model import HookedModel
 from saehook.interventions import Program
 from saehook.latent_stats import measure_stats
@@ -286,18 +286,23 @@ def test_outliers_of_one_site_are_left_out_at_all(model):
         median = float(x[site].norm(dim=-1)[:4096].median())
         assert rules[site] == MaskRule(skip_first_tokens=3, max_norm_ratio=10.0, median_norm=median)
     assert 50 < sinks.sum() < 0.1 * len(sinks)
-    served = list(without_outliers(iter(chunks), rules))
+    served = list(WithoutOutliers(iter(chunks), rules))
     for site in rules:
         assert torch.equal(torch.cat([chunk[site] for chunk in served]), x[site][~sinks])
     alone = {site: rules[site] for site in (LATER,)}
-    assert torch.equal(next(without_outliers(iter([{LATER: chunks[0][LATER]}]), alone))[LATER], chunks[0][LATER])
+    assert torch.equal(next(WithoutOutliers(iter([{LATER: chunks[0][LATER]}]), alone))[LATER], chunks[0][LATER])
 
 
-def test_a_stream_with_outliers_goes_on_where_it_was(model):
+@pytest.mark.parametrize("on", ["cpu", "gpu"])
+def test_a_stream_with_outliers_goes_on_where_it_was(model, monkeypatch, on):
+    """Also where, as on a GPU, the next pass of the model is begun before what is served is known."""
+    monkeypatch.setattr("saehook.kernels.device.ALWAYS_QUEUED", on == "gpu")
+    monkeypatch.setattr("saehook.harvest.TOKENS_PER_FORWARD_QUEUED", TOKENS_PER_FORWARD)
+
     def stream() -> Shuffled:
         text = TextStream(documents(), model.tokenizer, CONTEXT)
-        chunks = without_outliers(activations_of(model, [SITE], text), rules)
-        return Shuffled(chunks, buffer_tokens=2000, batch_tokens=300, seed=0, text=text)
+        chunks = WithoutOutliers(activations_of(model, [SITE], text), rules, text)
+        return Shuffled(chunks, buffer_tokens=2000, batch_tokens=300, seed=0, text=chunks)
 
     rules = mask_rules(iter(harvest(model, [SITE])[0]), 10.0)
     whole = [batch[SITE] for batch in stream()]
@@ -306,6 +311,10 @@ def test_a_stream_with_outliers_goes_on_where_it_was(model):
         next(first)
     state = first.state()
     assert state is not None
+    assert isinstance(first.text, WithoutOutliers)
+    assert isinstance(first.text.text, TextStream)
+    windows_ahead = first.text.text.served - state[1]["text"]["served"]
+    assert windows_ahead == (TOKENS_PER_FORWARD // CONTEXT if on == "gpu" else 0)
     again.load_state({name: x.clone() for name, x in state[0].items()}, state[1], "cpu")
     rest = [batch[SITE] for batch in again]
     assert len(rest) == len(whole) - 9
@@ -319,7 +328,7 @@ def test_a_rule_is_only_made_where_there_are_outliers_to_tell(recwarn):
         assert mask_rules(iter([{"a": broken}]), 10.0, 2) == {"a": MaskRule(skip_first_tokens=2)}
     rules = mask_rules(iter([{"a": x}]), 10.0)
     x[:3] = torch.tensor([float("nan"), float("inf"), 1e6])[:, None]
-    (left,) = without_outliers(iter([{"a": x}]), rules)
+    (left,) = WithoutOutliers(iter([{"a": x}]), rules)
     assert len(left["a"]) == 999, "what is not finite must stop the training, not vanish"
     assert not recwarn
     x[:100] = torch.tensor(1e6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,3 +25,19 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     if x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def fetch(x: Tensor) -> Callable[[], Tensor]:
+    """Begin to bring `x` to the host; what is returned waits for that, and for nothing that is queued on the device afterwards."""
+    if x.device.type != "cuda":
+        return x.cpu
+    on_host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    on_host.copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return on_host
+
+    return wait

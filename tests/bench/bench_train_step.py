@@ -10,8 +10,9 @@ half of all firing ("many"), as early in training. `topk+auxk` has a tenth of it
 `memory_over_pre_activations` is what a step holds at most above model and optimiser, gradients with it, in units of
 batch x d_sae x 4 bytes. `profile` says how a step's seconds are spent, by stage and by kind of operation. `--peers` adds the
 steps of other libraries (`peers.py`), which it installs first; `--only --peers` times nothing else. `--growth` shows how the
-cost of a topk step grows with d_sae, k, the batch and the number of SAEs instead (`plots.py` draws it). On a busy machine:
-OMP_NUM_THREADS=1 and --cpu-time, which counts the time of the one thread.
+cost of a topk step grows with d_sae, k, the batch and the number of SAEs instead (`plots.py` draws it). `--in-float32` takes all
+products in float32, as on a CPU that does not multiply bfloat16 faster. On a busy machine: OMP_NUM_THREADS=1 and --cpu-time, which
+counts the time of the one thread.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from saehook.batches import InputFacts
 from saehook.config import BatchTopK, Gated, JumpReLU, Matryoshka, Method, MultiTopK, ReLU, TopK, TrainConfig
-from saehook.kernels import Scratch
+from saehook.kernels import Scratch, screened
 from saehook.sae_run import SAERun
 
 SITE = "layers.0.resid_post"
@@ -88,10 +89,18 @@ def main() -> None:
     parser.add_argument(
         "--peers-in", type=Path, default=peers.FOLDER, help="where their environments are, or are to be"
     )
+    parser.add_argument("--in-float32", action="store_true")
     parser.add_argument("--growth", action="store_true", help="how the cost grows, instead of the table")
     a = parser.parse_args()
     clock = time.thread_time if a.cpu_time else time.perf_counter
-    versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine()}
+    if a.in_float32:
+        screened.is_fast = lambda: False
+    versions = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "looks_in": "bfloat16" if screened.is_fast() else "float32",
+    }
     print(json.dumps(versions))
     entries = json.loads(a.json.read_text()) if a.add else []
     if a.growth:
