@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saehook.kernels.encoded import some_columns_product
 from saehook.kernels.product import mm
 from saehook.kernels.reference import Autoencoded, Rule
 from saehook.kernels.row_sums import WEIGHTS_AT_ONCE, RowSums, is_streamed, row_blocks, sum_rows
 from saehook.kernels.running import encode_block
 from saehook.kernels.selection import Selection
-from saehook.kernels.sparse import pair_products, some_columns_product
+from saehook.kernels.sparse import pair_products
 
 ACTS_AT_ONCE = 2**24
 """Pre-activations in a block of `autoencode`, at most."""

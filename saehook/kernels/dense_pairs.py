@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saehook.kernels.encoded import encoded
 from saehook.kernels.product import mm, pre_acts
 from saehook.kernels.reference import Encoded, Select
 from saehook.kernels.scratch import Scratch, take
@@ -33,7 +34,7 @@ def encode(
         pre = pre_acts(centred, W_enc, b_enc)
         selection = select(pre)
         values = selection.values(pre).to(x.dtype)
-    return Encoded(_Encode.apply(values, centred, W_enc, b_enc, b_dec, selection, scratch), selection)
+    return Encoded(encoded(values, centred, W_enc, b_enc, b_dec, selection, scratch, _gradients), selection)
 
 
 def decode(values: Tensor, W_dec: Tensor, selection: Selection, scratch: Scratch | None = None) -> Tensor:
@@ -49,33 +50,14 @@ def _dense(values: Tensor, selection: Selection) -> Tensor:
     return dense.view(selection.n_tokens, selection.d_sae)
 
 
-class _Encode(torch.autograd.Function):
-    """Passes the selected pre-activations on; backward gives the gradients of the encoder and of the centring."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        centred: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        b_dec: Tensor,
-        selection: Selection,
-        scratch: Scratch | None,
-    ) -> Tensor:
-        ctx.save_for_backward(centred, W_enc)
-        ctx.selection, ctx.scratch = selection, scratch
-        return values.view_as(values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        centred, W_enc = ctx.saved_tensors
-        d_pre = _dense(grad, ctx.selection)
-        d_rows = take(ctx.scratch, "W_enc", (W_enc.shape[1], W_enc.shape[0]), W_enc)
-        mm(d_pre.T, centred, out=d_rows)
-        d_b_enc = d_pre.sum(0, dtype=grad.dtype)
-        return None, None, d_rows.T, d_b_enc, -(W_enc @ d_b_enc), None, None
+def _gradients(
+    grad: Tensor, centred: Tensor, W_enc: Tensor, selection: Selection, scratch: Scratch | None
+) -> tuple[Tensor, Tensor]:
+    """See `encoded.Gradients`."""
+    d_pre = _dense(grad, selection)
+    d_rows = take(scratch, "W_enc", (W_enc.shape[1], W_enc.shape[0]), W_enc)
+    mm(d_pre.T, centred, out=d_rows)
+    return d_rows, d_pre.sum(0, dtype=grad.dtype)
 
 
 class _Decode(torch.autograd.Function):

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saehook.kernels.device import queued
+from saehook.kernels.encoded import encoded
 from saehook.kernels.product import pre_acts, pre_acts_by_latent
 from saehook.kernels.reference import Autoencoded, Encoded, Rule, Select
-from saehook.kernels.row_sums import RowsParameter, RowSums, row_blocks, sum_rows
+from saehook.kernels.row_sums import RowsParameter, RowSums, sum_rows
 from saehook.kernels.scratch import Scratch, take
 from saehook.kernels.selection import Selection
 
@@ -58,7 +59,7 @@ def selected(
     scratch: Scratch | None = None,
 ) -> Tensor:
     """The pre-activations `values` [m] of the selected pairs, however they were found, with their gradients."""
-    return _Encode.apply(values, centred, W_enc, b_enc, b_dec, selection, scratch)
+    return encoded(values, centred, W_enc, b_enc, b_dec, selection, scratch, _gradients)
 
 
 def decode(values: Tensor, W_dec: Tensor, selection: Selection, scratch: Scratch | None = None) -> Tensor:
@@ -80,7 +81,7 @@ def autoencode(
 ) -> Autoencoded:
     """The same as `reference.autoencode`, from all pairs that the rule cares for and their pre-activations [m]."""
     latents = selection.latents
-    pre = _Encode.apply(values, centred, W_enc, b_enc, b_dec, selection, scratch)
+    pre = selected(values, centred, W_enc, b_enc, b_dec, selection, scratch)
     acts, cost, frozen = rule(pre, *(numbers.index_select(0, latents) for numbers in per_latent))
     fired = torch.zeros(len(b_enc), device=latents.device).index_add_(0, latents, (acts.detach() > 0).float())
     return Autoencoded(
@@ -108,16 +109,6 @@ def pair_products_in_public(a: Tensor, places: Tensor, b: Tensor, b_places: Tens
     return torch.cat([(a[some] * b[others]).sum(-1) for some, others in parts])
 
 
-def some_columns_product(W_enc: Tensor, d_b_enc: Tensor) -> Tensor:
-    """W_enc @ d_b_enc, [d_in]; where their dtypes differ, some columns at a time."""
-    if W_enc.dtype == d_b_enc.dtype:
-        return W_enc @ d_b_enc
-    total = d_b_enc.new_zeros(len(W_enc))
-    for block in row_blocks(len(d_b_enc), len(W_enc)):
-        total += W_enc[:, block].to(d_b_enc.dtype) @ d_b_enc[block]
-    return total
-
-
 def _without_zeros(weights: Tensor, selection: Selection) -> tuple[Tensor, Selection]:
     """Only the pairs that weigh something, where their number may be read."""
     if queued(weights.device) or len(some := weights.nonzero().view(-1)) == len(weights):
@@ -135,41 +126,21 @@ def _blocks(offsets: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         yield slice(first, first + LATENTS_AT_ONCE), slice(int(part[0]), int(part[-1])), part - part[0]
 
 
-class _Encode(torch.autograd.Function):
-    """Passes the selected pre-activations on; backward gives the gradients of the encoder and of the centring."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        centred: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        b_dec: Tensor,
-        selection: Selection,
-        scratch: Scratch | None,
-    ) -> Tensor:
-        ctx.centred, ctx.W_enc = centred, W_enc
-        ctx.selection, ctx.scratch = selection, scratch
-        return values.view_as(values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        centred, W_enc = ctx.centred, ctx.W_enc
-        grad, selection = _without_zeros(grad, ctx.selection)
-        d_b_enc = grad.new_zeros(W_enc.shape[1]).index_add_(0, selection.latents, grad)
-        d_W_enc = None
-        if isinstance(W_enc, RowsParameter):
-            W_enc.pending.append(RowSums.of(centred, selection, grad))
-        else:
-            order, offsets = selection.by_latent
-            tokens, weights = selection.tokens[order], grad[order]
-            d_rows = take(ctx.scratch, "W_enc", (W_enc.shape[1], W_enc.shape[0]), centred)
-            for latents, pairs, starts in _blocks(offsets):
-                d_rows[latents] = sum_rows(centred, tokens[pairs], starts, weights[pairs])
-            d_W_enc = d_rows.T
-        return None, None, d_W_enc, d_b_enc, -some_columns_product(W_enc.detach(), d_b_enc), None, None
+def _gradients(
+    grad: Tensor, centred: Tensor, W_enc: Tensor, selection: Selection, scratch: Scratch | None
+) -> tuple[Tensor | None, Tensor]:
+    """See `encoded.Gradients`."""
+    grad, selection = _without_zeros(grad, selection)
+    d_b_enc = grad.new_zeros(W_enc.shape[1]).index_add_(0, selection.latents, grad)
+    if isinstance(W_enc, RowsParameter):
+        W_enc.pending.append(RowSums.of(centred, selection, grad))
+        return None, d_b_enc
+    order, offsets = selection.by_latent
+    tokens, weights = selection.tokens[order], grad[order]
+    d_rows = take(scratch, "W_enc", (W_enc.shape[1], W_enc.shape[0]), centred)
+    for latents, pairs, starts in _blocks(offsets):
+        d_rows[latents] = sum_rows(centred, tokens[pairs], starts, weights[pairs])
+    return d_rows, d_b_enc
 
 
 class _Decode(torch.autograd.Function):

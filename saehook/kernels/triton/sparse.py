@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saehook.kernels.encoded import encoded
 from saehook.kernels.product import pre_acts
 from saehook.kernels.reference import Encoded, Select
 from saehook.kernels.scratch import Scratch, take
@@ -47,7 +48,7 @@ def selected(
     scratch: Scratch | None = None,
 ) -> Tensor:
     """See `kernels.selected`."""
-    return _Encode.apply(values, _gathered(centred), W_enc, b_enc, b_dec, selection, scratch)
+    return encoded(values, _gathered(centred), W_enc, b_enc, b_dec, selection, scratch, _gradients)
 
 
 def decode(values: Tensor, W_dec: Tensor, selection: Selection, scratch: Scratch | None = None) -> Tensor:
@@ -60,31 +61,12 @@ def _gathered(rows: Tensor) -> Tensor:
     return rows.bfloat16() if rows.is_cuda else rows
 
 
-class _Encode(torch.autograd.Function):
-    """Passes the selected pre-activations on; backward gives the gradients of the encoder and of the centring."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        centred: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        b_dec: Tensor,
-        selection: Selection,
-        scratch: Scratch | None,
-    ) -> Tensor:
-        ctx.save_for_backward(centred, W_enc)
-        ctx.selection, ctx.scratch = selection, scratch
-        return values.view_as(values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        centred, W_enc = ctx.saved_tensors
-        d_rows = take(ctx.scratch, "W_enc", (W_enc.shape[1], W_enc.shape[0]), W_enc)
-        d_b_enc = latent_sums(grad, centred, ctx.selection, d_rows).weights
-        return None, None, d_rows.T, d_b_enc, -(W_enc @ d_b_enc), None, None
+def _gradients(
+    grad: Tensor, centred: Tensor, W_enc: Tensor, selection: Selection, scratch: Scratch | None
+) -> tuple[Tensor, Tensor]:
+    """See `encoded.Gradients`."""
+    d_rows = take(scratch, "W_enc", (W_enc.shape[1], W_enc.shape[0]), W_enc)
+    return d_rows, latent_sums(grad, centred, selection, d_rows).weights
 
 
 class _Decode(torch.autograd.Function):
