@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 from distributed_cases import CONFIGS, SITE, assert_near, config, double_run, tokens
-from torch import nn
+from torch import Tensor, nn
 
 from saehook import kernels
 from saehook.batches import InputFacts
 from saehook.config import TopK, TrainConfig
 from saehook.devices import OneDevice
 from saehook.errors import ArgumentError
-from saehook.kernels import RowsParameter, Selection, by_rows, row_sums, running
-from saehook.kernels.row_sums import RowSums
+from saehook.kernels import RowsParameter, Selection, add_product, by_rows, row_sums, running, sparse
+from saehook.kernels.row_sums import RowSums, gradient_bound, gradient_rows
 from saehook.sae_run import SAERun
 
 METHODS = [name for name in CONFIGS if not {"ema_decay", "decoder_norm_penalty"} & set(CONFIGS[name])]
@@ -225,3 +225,44 @@ def test_fewer_bits_reach_the_curve_of_float32():
     full, small = bench.measure(20_000, 2_000, bench.METHODS[:1], (bench.KEPT[0], bench.KEPT[-1]))
     assert small["held_out_fvu"] == pytest.approx(full["held_out_fvu"], rel=0.01)
     assert full["held_out_fvu"] < 0.3, "and that is a trained SAE"
+
+
+# --- rows of gradients ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_known_of_rows_and_their_products():
+    """From a decoder's backward pass and from AuxK, each by itself and together; with one that does not know, nothing is."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    matrix = RowsParameter.of(random(20, 6), streamed=False)
+    grad, tokens, latents, values = random(9, 6), torch.arange(9), torch.arange(9) * 2, random(9)
+    whole = torch.zeros(20, 6, dtype=torch.float64).index_add_(0, latents, grad * values[:, None])
+    pairs = Selection(tokens, latents, 9, 20, order="latent")
+    x_hat = sparse.decode(values.requires_grad_(), matrix, pairs)
+    x_hat.backward(grad)
+    dead = torch.tensor([1, 4, 5, 17])
+    for tokens in (slice(0, 5), slice(5, 9)):
+        acts = random(4, 9)[:, tokens]
+        along = ((acts @ grad[tokens]) * matrix.detach()[dead]).sum(1)
+        add_product(matrix, dead, acts, grad[tokens], along=along)
+        whole.index_add_(0, dead, acts @ grad[tokens])
+    assert len(matrix.pending) == 2
+    for block in (slice(0, 20), slice(3, 11), slice(18, 20)):
+        rows, products = gradient_rows(matrix, block, columns=False)
+        torch.testing.assert_close(rows, whole[block])
+        assert products is not None
+        torch.testing.assert_close(products, (whole * matrix.detach()).sum(1)[block])
+    assert gradient_bound(matrix) >= whole.norm()
+    add_product(matrix, dead + 1, random(4, 9), grad)
+    assert gradient_rows(matrix, slice(0, 20), columns=False)[1] is None
+
+
+def test_a_matrix_without_gradient_has_rows_of_zeros():
+    matrix = RowsParameter.of(torch.randn(20, 6), streamed=False)
+    assert gradient_bound(matrix) == 0
+    rows, products = gradient_rows(matrix, slice(2, 5), columns=False)
+    assert torch.equal(rows, torch.zeros(3, 6))
+    assert products is None
