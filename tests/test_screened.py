@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ SITE = "layers.0.resid_post"
 def always(monkeypatch) -> None:
     """However many are computed again."""
     monkeypatch.setattr(screened, "CANDIDATES_SHARE", 1.0)
+    monkeypatch.setattr(screened, "WIDEST_SHARE", 1.0)
 
 
 def problem(n: int, d_in: int, d_sae: int, *, positive: str = "half", k: int = 1) -> list[Tensor]:
@@ -142,6 +144,54 @@ def test_where_rounding_the_bias_gives_another_order(seed):
     assert torch.equal(found[1].latents.unique(), expected)
 
 
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("of", ["inputs", "weights"])
+def test_where_squares_of_what_is_rounded_off_are_too_small_for_float32(of):
+    x, W_enc, b_enc = (each.float() * 2.0**-38 for each in against(of))
+    b_enc *= 2.0**-38
+    for find in (screened.largest_of_each_token, screened.largest_of_batch):
+        found = find(x, W_enc, b_enc, 8, None)
+        assert found is not None
+        assert found[1].latents.unique().tolist() == list(range(1016, 1024))
+
+
+def test_one_extreme_token_or_bias_is_a_matter_of_its_own():
+    """Of the others no more pairs are candidates."""
+    x, W_enc, b_enc = problem(40, 300, 4096)
+    usual = screened._Screen(x, W_enc, None).candidates(b_enc, 4)
+    assert usual is not None
+    x[7] *= 1e3
+    b_enc[100] = -50
+    found = screened._Screen(x, W_enc, None).candidates(b_enc, 4)
+    assert found is not None
+    assert (found.tokens != 7).sum() <= 1.1 * len(usual.tokens)
+    for find in (screened.largest_of_each_token, screened.largest_of_batch):
+        assert find(x, W_enc, b_enc, 4, None) is not None
+
+
+@pytest.mark.usefixtures("always")
+def test_rows_that_are_equal_and_tokens_of_zeros():
+    """Exactly k survive a tie; float32, and W_enc as it comes from a file."""
+    x, W_enc, b_enc = (each.float() for each in problem(40, 30, 2048))
+    W_enc = W_enc.repeat_interleave(2, 1)[:, :2048].contiguous()
+    b_enc = b_enc.repeat_interleave(2)[:2048]
+    x[3:5] = 0
+    pre = pre_acts(x, W_enc, b_enc)
+    found = screened.largest_of_each_token(x, W_enc, b_enc, 5, None)
+    assert found is not None
+    assert torch.bincount(found[1].tokens, minlength=40).tolist() == [5] * 40
+    expected = pre.topk(5).values.sort(1).values
+    torch.testing.assert_close(found[0][found[1].tokens.sort(stable=True).indices].view(40, 5).sort(1).values, expected)
+
+
+def test_one_token_with_too_many_candidates(monkeypatch):
+    monkeypatch.setattr(screened, "CANDIDATES_SHARE", 1.0)
+    x, W_enc, b_enc = problem(40, 30, 2048)
+    x[3] = 0
+    assert screened.largest_of_each_token(x, W_enc, b_enc, 4, None) is not None
+    assert screened.largest_of_each_token(x, W_enc, b_enc * 0 + 1, 4, None) is None, "all are equal on it"
+
+
 def test_where_less_than_k_are_positive():
     x, W_enc, b_enc = problem(40, 30, 2048)
     b_enc -= 1e3
@@ -154,20 +204,24 @@ def test_where_less_than_k_are_positive():
         assert len(found[0]) == (160 if descending else 80)
 
 
-@pytest.mark.parametrize("scale", [2.0**-40, 1.0, 2.0**40])
-@pytest.mark.parametrize("kind", ["random", "of one sign", "inputs", "weights"])
+@pytest.mark.parametrize("scale", [2.0**-75, 2.0**-40, 1.0, 2.0**40])
+@pytest.mark.parametrize("kind", ["random", "of one sign", "whole numbers", "inputs", "weights"])
 def test_no_pre_activation_is_farther_from_bfloat16_than_the_bound(kind, scale):
     x, W_enc, b_enc = against(kind) if kind in {"inputs", "weights"} else problem(40, 300, 640)
     if kind == "of one sign":
         x, W_enc = x.abs(), W_enc.abs()
+    if kind == "whole numbers":
+        x, W_enc, b_enc = (each.mul(4).round() for each in (x, W_enc, b_enc))
     x, b_enc = x * scale, b_enc * scale
-    screen = screened._Screen(x.float(), W_enc.float(), None)
-    narrow = torch.addmm(b_enc.bfloat16()[:, None], screen.rows, screen.inputs.T).double()
-    off = (pre_acts(x.float().double(), W_enc.float().double(), b_enc) - narrow.T).abs()
-    bias = (b_enc - b_enc.bfloat16()).abs().max() + screened.ROUNDING * b_enc.abs().max()
-    bound = screen.slack[:, None].double() + bias + screened.ROUNDING * narrow.T.abs()
+    x, W_enc, b_enc = (each.float() for each in (x, W_enc, b_enc))
+    screen = screened._Screen(x, W_enc, None)
+    raised, slack = screen._add(b_enc)
+    narrow = (screen.inputs @ screen.rows.T).double()
+    off = (pre_acts(x.double(), W_enc.double(), b_enc.double()) + raised[:, None].double() - narrow).abs()
+    bound = slack[:, None].double() + screened.ROUNDING * narrow.abs()
+    assert (slack < raised).all()
     assert (off <= bound).all()
-    if kind in {"inputs", "weights"}:
+    if kind in {"inputs", "weights"} and scale > 1e-20:
         assert off.max() > 0.9 * bound.max(), "here it is as far"
 
 
@@ -194,8 +248,8 @@ def test_tokens_on_which_less_than_k_are_positive_do_not_make_all_latents_candid
 
 def test_a_few_latents_tell_that_it_would_not_pay(monkeypatch):
     products: list[int] = []
-    product = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *a, **b: products.append(len(a[1])) or product(*a, **b))
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **b: products.append(len(a[0])) or product(*a, **b))
     x, W_enc, b_enc = problem(40, 30, 2048)
     assert screened.above(x, W_enc, b_enc, torch.full_like(b_enc, -10), None) is None
     assert products == [128]
@@ -235,8 +289,8 @@ def test_runs_are_those_in_full_precision(monkeypatch, name):
     asked: list[bool] = []
     candidates = screened._Screen.candidates
 
-    def counted(*args: object) -> selection.Selection | None:
-        found = candidates(*args)  # type: ignore[arg-type]
+    def counted(*args: Any, **options: Any) -> selection.Selection | None:
+        found = candidates(*args, **options)
         asked.append(found is not None)
         return found
 
@@ -267,7 +321,7 @@ def test_nothing_of_the_size_of_all_pre_activations_is_in_float32(monkeypatch, n
     run.step({SITE: x}, scratch)
     with Work() as work:
         run.step({SITE: x}, scratch)
-    assert work.products[torch.bfloat16] == 2 * n * d_in * d_sae
+    assert work.products[torch.bfloat16] == 2 * n * (d_in + 3) * d_sae, "and three columns for the bias"
     assert work.products[torch.float32] <= 2 * d_in * d_sae, "the gradient of b_dec, and no more"
     assert max(work.allocated) < n * d_sae
     assert scratch.taken("pre_acts") is None
@@ -286,6 +340,7 @@ def test_where_it_is_taken_and_what_the_log_says(monkeypatch, caplog):
     assert caplog.text.count("screened kernels, because this CPU multiplies bfloat16") == 1
     assert not kernels.screens(x, W, 33), "too many are kept"
     assert not kernels.screens(x[:-1], W, 32), "too small"
+    assert not kernels.screens(x[:0], W, 32)
     assert not kernels.screens(x.bfloat16(), W.bfloat16(), 32)
     assert not kernels.screens(x, kernels.RowsParameter.of(W, streamed=True), 32)
     for version in ("reference", "sparse", "dense", "triton"):
@@ -295,6 +350,22 @@ def test_where_it_is_taken_and_what_the_log_says(monkeypatch, caplog):
     assert kernels.screens(x[:-1], W, 33)
     monkeypatch.setattr("saehook.kernels.device.ALWAYS_QUEUED", True)
     assert not kernels.screens(x, W, 32)
+
+
+def test_what_the_log_says_where_it_does_not_pay(monkeypatch, caplog):
+    monkeypatch.setenv("SAEHOOK_KERNELS", "screened")
+    kernels._log_once.cache_clear()
+    x, W_enc, b_enc = problem(40, 30, 2048)
+    zero = torch.zeros(30, dtype=x.dtype)
+    with caplog.at_level(logging.INFO, logger="saehook"):
+        for _ in range(2):
+            pre, pairs = kernels.encode(
+                x, W_enc[:, :1].expand(-1, 2048), b_enc * 0, zero, lambda pre: kernels.topk(pre, 4), k=4,
+                screen=screened.largest_of_each_token,
+            )  # fmt: skip
+    assert len(pre) == len(pairs.tokens) == 160
+    assert caplog.text.count("products in bfloat16 tell too little") == 1
+    assert caplog.text.count("sparse kernels, because SAEHOOK_KERNELS=screened") == 1
 
 
 def test_a_cpu_of_which_nothing_is_known_has_none(monkeypatch):

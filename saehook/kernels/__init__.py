@@ -86,6 +86,7 @@ SCREENED_FROM = 2**22
 costs what they save."""
 SCREENED_SPARSE_FROM = 128
 """d_sae / k from which it does: with more candidates, computing them again costs what the product saves (measured)."""
+TOO_LITTLE = "products in bfloat16 tell too little in this step, and maybe in others"
 WIDE_FROM = 2**18
 """d_sae from which runs encode some latents at a time: on a prompt of 128 tokens, 128 MiB of dense float32."""
 
@@ -117,6 +118,7 @@ def encode(
         if found is not None:
             values, pairs = found
             return Encoded(selected(values, centred, W_enc, b_enc, b_dec, pairs, scratch), pairs)
+        _log_once("sparse", TOO_LITTLE)
     version = choose(b_enc.shape[0], k, x.device)
     if version == "reference":
         return reference.encode(x, W_enc, b_enc, b_dec, select)
@@ -194,8 +196,10 @@ def autoencode(
     with torch.no_grad():
         centred = x - b_dec
         found = by_latent = None
-        if screens(x, W_enc, 1):
+        if screens(x, W_enc, 1):  # how many fire is not known yet
             found = screened.above(centred, W_enc, b_enc, lower.detach(), scratch)
+            if found is None:
+                _log_once("other", TOO_LITTLE)
         if found is None:
             by_latent = product.pre_acts_by_latent(centred, W_enc, b_enc, scratch)
             if forced != "dense" and not queued(x.device):
@@ -213,7 +217,7 @@ def autoencode(
 def screens(x: Tensor, W_enc: Tensor, k: int) -> bool:
     """Whether the pairs that a step keeps, about k a token, are looked for in bfloat16 first; the reason goes to the log, once."""
     full = x.dtype == W_enc.dtype and x.dtype in {torch.float32, torch.float64}
-    if queued(x.device) or not full or is_streamed(W_enc):
+    if queued(x.device) or not full or is_streamed(W_enc) or len(x) == 0:
         return False
     if forced := _forced():
         return forced == "screened" and _log_once(forced, f"SAEHOOK_KERNELS={forced}") != ""
@@ -280,8 +284,8 @@ def _autoencode_some_at_a_time(
 
 def choose(d_sae: int, k: int, device: torch.device) -> str:
     """The version that is taken where k latents a token are kept; the reason goes to the log, once."""
-    if (name := _forced().replace("screened", "sparse")) and (name != "triton" or uses_triton(device)):
-        return _log_once(name, f"SAEHOOK_KERNELS={name}")
+    if (name := _forced()) and (name != "triton" or uses_triton(device)):
+        return _log_once(name.replace("screened", "sparse"), f"SAEHOOK_KERNELS={name}")
     if device.type == "cuda" and d_sae < SPARSE_FROM_CUDA * k:
         return _log_once("dense", f"d_sae / k < {SPARSE_FROM_CUDA} on a GPU")
     if d_sae < SPARSE_FROM * k:
