@@ -23,8 +23,8 @@ SITE = "layers.0.resid_post"
 @pytest.fixture
 def always(monkeypatch) -> None:
     """However many are computed again."""
-    monkeypatch.setattr(screened, "CANDIDATES_SHARE", 1.0)
-    monkeypatch.setattr(screened, "WIDEST_SHARE", 1.0)
+    for share in ("CANDIDATES_SHARE", "MORE_CANDIDATES_SHARE", "WIDEST_SHARE"):
+        monkeypatch.setattr(screened, share, 1.0)
 
 
 def problem(n: int, d_in: int, d_sae: int, *, positive: str = "half", k: int = 1) -> list[Tensor]:
@@ -185,7 +185,8 @@ def test_rows_that_are_equal_and_tokens_of_zeros():
 
 
 def test_one_token_with_too_many_candidates(monkeypatch):
-    monkeypatch.setattr(screened, "CANDIDATES_SHARE", 1.0)
+    for share in ("CANDIDATES_SHARE", "MORE_CANDIDATES_SHARE"):
+        monkeypatch.setattr(screened, share, 1.0)
     x, W_enc, b_enc = problem(40, 30, 2048)
     x[3] = 0
     assert screened.largest_of_each_token(x, W_enc, b_enc, 4, None) is not None
@@ -335,10 +336,10 @@ def test_where_it_is_taken_and_what_the_log_says(monkeypatch, caplog):
     assert not kernels.screens(x, W, 32)
     monkeypatch.setattr(screened, "is_fast", lambda: True)
     with caplog.at_level(logging.INFO, logger="saehook"):
-        assert kernels.screens(x, W, 32)
-        assert kernels.screens(x.double(), W.double(), 32)
+        assert kernels.screens(x, W, 64)
+        assert kernels.screens(x.double(), W.double(), 64)
     assert caplog.text.count("screened kernels, because this CPU multiplies bfloat16") == 1
-    assert not kernels.screens(x, W, 33), "too many are kept"
+    assert not kernels.screens(x, W, 65), "too many are kept"
     assert not kernels.screens(x[:-1], W, 32), "too small"
     assert not kernels.screens(x[:0], W, 32)
     assert not kernels.screens(x.bfloat16(), W.bfloat16(), 32)
@@ -347,7 +348,7 @@ def test_where_it_is_taken_and_what_the_log_says(monkeypatch, caplog):
         monkeypatch.setenv("SAEHOOK_KERNELS", version)
         assert not kernels.screens(x, W, 32)
     monkeypatch.setenv("SAEHOOK_KERNELS", "screened")
-    assert kernels.screens(x[:-1], W, 33)
+    assert kernels.screens(x[:-1], W, 65)
     monkeypatch.setattr("saehook.kernels.device.ALWAYS_QUEUED", True)
     assert not kernels.screens(x, W, 32)
 

@@ -84,7 +84,7 @@ cache, and whole steps are as fast (measured: equal at 512 -> 8192, 7 % less tim
 SCREENED_FROM = 2**22
 """Pre-activations from which a CPU that multiplies bfloat16 looks for the kept pairs with that: with fewer, starting the operations
 costs what they save."""
-SCREENED_SPARSE_FROM = 128
+SCREENED_SPARSE_FROM = 64
 """d_sae / k from which it does: with more candidates, computing them again costs what the product saves (measured)."""
 TOO_LITTLE = "products in bfloat16 tell too little in this step, and maybe in others"
 WIDE_FROM = 2**18

@@ -31,6 +31,8 @@ from saehook.kernels.sparse import pair_products
 CANDIDATES_SHARE = 1 / 32
 """Share of the pairs up to which computing them again costs less than the product in bfloat16 saves (measured at 768 -> 16384:
 both are equal at 1 / 20)."""
+MORE_CANDIDATES_SHARE = 1 / 16
+"""The same once that product has been taken."""
 SAMPLE = 16
 """One latent of so many is looked at first, to see whether the others are worth it."""
 ENTRIES_AT_ONCE = 2**19
@@ -131,13 +133,14 @@ class _Screen:
             if k > 0:
                 # The k-th largest maximum of some blocks is at most the k-th largest of all.
                 at_least = _maxima(pre_acts[:end], block_size(d_sae, k)) * (1 - ROUNDING) - (raised + slack)
-                share = k * end / d_sae
+                here = k * end / d_sae
                 if of_each_token:
-                    least = at_least.T.topk(math.ceil(share), sorted=False).values.amin(1)
+                    least = at_least.T.topk(math.ceil(here), sorted=False).values.amin(1)
                 else:
-                    least = at_least.view(-1).topk(math.ceil(share * n_tokens), sorted=False).values.amin()
+                    least = at_least.view(-1).topk(math.ceil(here * n_tokens), sorted=False).values.amin()
             bound = (least.clamp(min=0) + raised - slack) / (1 + ROUNDING)
-            places = _not_below(pre_acts[:end], bound.expand_as(slack), int(CANDIDATES_SHARE * end * n_tokens))
+            share = CANDIDATES_SHARE if end < d_sae else MORE_CANDIDATES_SHARE
+            places = _not_below(pre_acts[:end], bound.expand_as(slack), int(share * end * n_tokens))
             if places is None:
                 return None
             found, done = places, end
