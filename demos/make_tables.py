@@ -119,7 +119,8 @@ def peers() -> str:
         f"\nTopK steps, {r['d_in']} → {r['d_sae']:,}, k {r['k']}, {r['batch']:,} tokens; same data, weights and mathematics, "
         f"losses compared over the first 20 steps. {r['threads']} CPU threads, torch {r['torch']}; medians, each peer "
         "interleaved with ours, by `python tests/bench/bench_train_step.py --only --peers`. The product took "
-        f"{_product(rows):.2f} s, on the slower processor {_product(others[1]):.2f} s."
+        f"{_product(rows):.2f} s, on the slower processor {_product(others[1]):.2f} s; both columns in float32 are of the version "
+        "before products in bfloat16."
     )
     return "\n".join(lines)
 
