@@ -12,6 +12,7 @@ from torch import Tensor
 from saehook import kernels
 from saehook.batches import InputFacts
 from saehook.config import BatchTopK, JumpReLU, Matryoshka, Method, MultiTopK, ReLU, TopK, TrainConfig
+from saehook.kernels.device import fetch
 from saehook.sae_run import SAERun
 
 pytestmark = pytest.mark.gpu
@@ -111,3 +112,11 @@ def test_host_and_device_exchange_without_waiting():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(there.cpu(), x)
+
+
+def test_what_is_fetched_is_what_was_there_when_it_was_asked_for():
+    x = torch.ones(1000, 1000, device="cuda")
+    wait = fetch(x > 0)
+    x.zero_()
+    assert wait().all()
+    assert wait().device.type == "cpu"
