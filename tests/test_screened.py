@@ -358,13 +358,11 @@ def test_what_the_log_says_where_it_does_not_pay(monkeypatch, caplog):
     kernels._log_once.cache_clear()
     x, W_enc, b_enc = problem(40, 30, 2048)
     zero = torch.zeros(30, dtype=x.dtype)
+    args = x, W_enc[:, :1].expand(-1, 2048), b_enc * 0, zero, lambda pre: kernels.topk(pre, 4)
     with caplog.at_level(logging.INFO, logger="saehook"):
         for _ in range(2):
-            pre, pairs = kernels.encode(
-                x, W_enc[:, :1].expand(-1, 2048), b_enc * 0, zero, lambda pre: kernels.topk(pre, 4), k=4,
-                screen=screened.largest_of_each_token,
-            )  # fmt: skip
-    assert len(pre) == len(pairs.tokens) == 160
+            pairs = kernels.encode(*args, k=4, screen=screened.largest_of_each_token).selection
+            assert len(pairs.tokens) == 160
     assert caplog.text.count("products in bfloat16 tell too little") == 1
     assert caplog.text.count("sparse kernels, because SAEHOOK_KERNELS=screened") == 1
 
