@@ -55,6 +55,7 @@ def add_auxk_gradient(
     variance = devices.total_variance(residual)
     share = torch.where(variance > 0, 1 / variance, 0)
     errors, d_bias = [], torch.zeros_like(bias)
+    by_rows = isinstance(weights.W_dec, kernels.RowsParameter) and not weights.W_dec.streamed
     at_once = max(1, running.DENSE_ENTRIES // most)
     if not kernels.queued(x.device):
         at_once = min(at_once, TOKENS_AT_ONCE)
@@ -72,7 +73,8 @@ def add_auxk_gradient(
         d_decoded = error.mul_(2 * coefficient / devices.number(len(x)) * share)
         d_pre = mm(decoder, d_decoded.T).mul_(kernels.ones_above(acts, 0))
         d_bias += d_pre.sum(1)
-        kernels.add_product(weights.W_dec, dead, acts, d_decoded, along=torch.linalg.vecdot(acts, d_pre))
+        along = torch.linalg.vecdot(acts, d_pre) if by_rows else None
+        kernels.add_product(weights.W_dec, dead, acts, d_decoded, along=along)
         kernels.add_product(weights.W_enc, dead, d_pre, inputs, columns=True)
     _grad(weights.b_enc).index_add_(0, dead, d_bias)
     if weights.center.requires_grad:

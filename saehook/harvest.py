@@ -262,10 +262,10 @@ class Place(Protocol):
 
 
 class WithoutOutliers(Iterator[dict[str, Tensor]]):
-    """The same, less the tokens that are an outlier at any of the sites, so that all sites go on with the same tokens.
+    """Chunks without the tokens that are an outlier at any of the sites, so that all sites go on with the same tokens.
 
     How many these are is found out on the device. A GPU is given the next pass of the model before the answer is waited for, so
-    that it is never without work; `state` is the place before what has not been served.
+    that it has work meanwhile; `state` is the place before what has not been served.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ Where k latents a token are kept the choice is made from the sizes: sums over th
 product each, but run slower per operation, so the sparse version is taken where d_sae >= 8 k. On a GPU products are so fast that
 they are taken below d_sae = 132 k (`dense_pairs`), and from there on the version of `triton`, where that is installed; then
 selection, loss and optimiser have kernels of their own, too. A CPU that multiplies bfloat16 tells with that which pairs may be
-kept (`screened`); all else is as in the sparse version. Where a penalty decides how many fire it is made in each step from
+kept (`screened`); all else is as in the sparse version. Where a penalty decides how many fire the choice is made in each step from
 their number; on a GPU, where that is not to be read, the dense version is taken always. Where a step would hold too many
 pre-activations, or the weights are not to be there whole in float32, it encodes some latents at a time (`running`, `by_rows`). At
 inference, `encode_topk` and `encode_above` keep only what fires, where an SAE is so wide that [tokens, d_sae] would fill the
@@ -85,8 +85,9 @@ SCREENED_FROM = 2**22
 """Pre-activations from which a CPU that multiplies bfloat16 looks for the kept pairs with that: with fewer, starting the operations
 costs what they save."""
 SCREENED_SPARSE_FROM = 64
-"""d_sae / k from which it does: with more candidates, computing them again costs what the product saves (measured)."""
+"""d_sae / k from which it does: below, too many pairs may be among the kept."""
 TOO_LITTLE = "products in bfloat16 tell too little in this step, and maybe in others"
+"""What the log says, once, where the product is taken in float32 after all."""
 WIDE_FROM = 2**18
 """d_sae from which runs encode some latents at a time: on a prompt of 128 tokens, 128 MiB of dense float32."""
 
@@ -108,8 +109,8 @@ def encode(
     """Encode `x` [n_tokens, d_in] and keep the pairs that `select` picks, about k a token.
 
     `scratch` gets the pre-activations, which are not needed afterwards, and in the backward pass W_enc's gradient. `screen`
-    finds the same pairs from inputs in float32 without all pre-activations, unless it gives None; it is asked where that is
-    faster.
+    finds the same pairs, as far as they are positive, without all pre-activations in the dtype of `x`, unless it gives None; it is
+    asked where that is faster.
     """
     if screen is not None and screens(x, W_enc, k):
         with torch.no_grad():
@@ -185,7 +186,8 @@ def autoencode(
     """Encode `x` [n_tokens, d_in], apply `rule` to every pre-activation, decode; no tensor of that size is kept but one.
 
     `per_latent` are numbers of the rule, [d_sae] each, differentiable; at or below `lower` [d_sae] it gives zeros.
-    `scratch` gets the pre-activations, which must stay until the backward pass, and there the gradients of both matrices.
+    `scratch` gets the pre-activations, which must stay until the backward pass where many fire, and there the gradients of both
+    matrices.
     """
     forced = _forced().replace("triton", "").replace("screened", "")  # there is none of Triton for any number of pairs
     if is_streamed(W_enc) or (not forced and some_at_a_time(len(x), W_enc)):
@@ -220,11 +222,11 @@ def screens(x: Tensor, W_enc: Tensor, k: int) -> bool:
     if queued(x.device) or not full or is_streamed(W_enc) or len(x) == 0:
         return False
     if forced := _forced():
-        return forced == "screened" and _log_once(forced, f"SAEHOOK_KERNELS={forced}") != ""
+        return forced == "screened" and bool(_log_once(forced, f"SAEHOOK_KERNELS={forced}"))
     d_sae = W_enc.shape[1]
     if d_sae < SCREENED_SPARSE_FROM * k or len(x) * d_sae < SCREENED_FROM or not screened.is_fast():
         return False
-    return _log_once("screened", "this CPU multiplies bfloat16 faster than float32") != ""
+    return bool(_log_once("screened", "this CPU multiplies bfloat16 faster than float32"))
 
 
 def some_at_a_time(n_tokens: int, W_enc: Tensor) -> bool:

@@ -29,10 +29,10 @@ from saehook.kernels.selection import Selection
 from saehook.kernels.sparse import pair_products
 
 CANDIDATES_SHARE = 1 / 32
-"""Share of the pairs up to which computing them again costs less than the product in bfloat16 saves (measured at 768 -> 16384:
-both are equal at 1 / 20)."""
+"""Share of the pairs up to which it is worth taking the product in bfloat16 and computing them again: well below that at which both
+cost as much as the product in float32."""
 MORE_CANDIDATES_SHARE = 1 / 16
-"""The same once that product has been taken."""
+"""Share of the pairs up to which computing them again costs less than the product in float32, once the other has been taken."""
 SAMPLE = 16
 """One latent of so many is looked at first, to see whether the others are worth it."""
 ENTRIES_AT_ONCE = 2**19
@@ -65,6 +65,7 @@ def largest_of_each_token(
     if pairs is None or len(pairs.tokens) == 0:
         return None
     order, offsets = pairs.by_token
+    assert isinstance(order, Tensor), "they are ordered by latent"
     width = max(k, int(offsets.diff().max()))
     if width > max(k, WIDEST_SHARE * d_sae):
         return None
@@ -72,7 +73,7 @@ def largest_of_each_token(
     padded = values.new_zeros(n_tokens, width)
     padded.view(-1)[tokens * width + torch.arange(len(tokens)) - offsets[tokens]] = values[order]
     largest, places = padded.topk(k, sorted=descending)
-    kept = torch.arange(len(tokens))[order][(offsets[:-1, None] + places).clamp(max=len(tokens) - 1)]
+    kept = order[(offsets[:-1, None] + places).clamp(max=len(tokens) - 1)]
     if not descending:
         return _subset(values, pairs, kept[largest > 0])
     tokens = torch.arange(n_tokens).repeat_interleave(k)
